@@ -1,0 +1,1 @@
+"""The backbone protocol, and `load`, which makes a backbone from a name."""

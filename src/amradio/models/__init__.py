@@ -1,0 +1,1 @@
+"""The networks. They know tensors and modules, and nothing about files."""

@@ -1,0 +1,283 @@
+"""The vision transformer trunk of RADIO: pre-norm blocks over [prefix, patches], optionally with ViTDet windows.
+
+Legend of shape comments: B batch, N tokens of one sequence, P prefix tokens, L patches, C width, H heads, W windows of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from amradio.models.configs import PositionInterpolation, ViTConfig
+from amradio.models.patches import PatchGenerator
+from amradio.models.windows import from_windows, global_blocks, to_windows
+
+NORM_EPS = 1e-6
+MLP_NORM_EPS = 1e-5  # unlike every other norm of the trunk
+
+
+class DynamicTanh(nn.Module):
+    """``gamma * tanh(alpha * x) + beta``, a norm without statistics (arXiv 2503.10622)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to tokens [..., C]."""
+        return self.gamma * torch.tanh(self.alpha * x) + self.beta
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the rows of `qkv` are q, k, v, each split into heads contiguously."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over tokens [B, N, C]."""
+        b, n, c = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)  # [B, N, 3, H, C/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x [B, H, N, C/H]
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, C/H]
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))  # type: ignore[no-any-return]  # [B, N, C]
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, optional layer norm, fc2."""
+
+    def __init__(self, dim: int, hidden_dim: int, norm: bool = False) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim, eps=MLP_NORM_EPS) if norm else None
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to tokens [..., C]."""
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x if self.norm is None else self.norm(x))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """``w3(silu(a) * b)`` with ``a, b`` the halves of ``w12(x)``, as in DINOv2-g."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to tokens [..., C]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale tokens [..., C]."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block.
+
+    Args:
+        config: The trunk's description.
+        index: 0-based position in the trunk (scaled norms depend on it).
+    """
+
+    def __init__(self, config: ViTConfig, index: int = 0) -> None:
+        super().__init__()
+        c = config.embed_dim
+        self.norm_factor = (index + 1) ** -0.5 if config.scaled_norm else None
+        self.norm1 = _norm(config)
+        self.attn = Attention(c, config.num_heads, config.qkv_bias)
+        self.ls1 = None if config.layer_scale is None else LayerScale(c, config.layer_scale)
+        self.norm2 = _norm(config)
+        self.mlp = (
+            Mlp(c, config.mlp_hidden_dim, config.mlp_norm)
+            if config.mlp == "gelu"
+            else SwiGLU(c, config.mlp_hidden_dim)
+        )
+        self.ls2 = None if config.layer_scale is None else LayerScale(c, config.layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to tokens [B, N, C]."""
+        x = self._add(x, self.attn(self._normed(x, self.norm1)), self.ls1)
+        return self._add(x, self.mlp(self._normed(x, self.norm2)), self.ls2)
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        y: Tensor = norm(x)
+        return y if self.norm_factor is None else y * self.norm_factor
+
+    def _add(self, x: Tensor, branch: Tensor, scale: LayerScale | None) -> Tensor:
+        return x + branch if scale is None else x + scale(branch)
+
+
+def _norm(config: ViTConfig) -> nn.Module:
+    if config.norm == "dyt":
+        return DynamicTanh(config.embed_dim)
+    return nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+
+
+class Tokens(NamedTuple):
+    """A token sequence taken apart.
+
+    Attributes:
+        prefix: Class and register tokens [B, P, C]; P may be 0.
+        patches: Patch tokens [B, L, C], row-major.
+    """
+
+    prefix: Tensor
+    patches: Tensor
+
+
+class VisionTransformer(nn.Module):
+    """Images to tokens.
+
+    Args:
+        config: What to build.
+        interpolation: How the position grid is resized.
+
+    Attributes:
+        window_size: Side of the ViTDet windows in patches, None for global attention everywhere.
+        grad_checkpointing: Recompute activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, config: ViTConfig, interpolation: PositionInterpolation = "half_pixel") -> None:
+        super().__init__()
+        self.config = config
+        self.patch_size = config.patch_size
+        self.embed_dim = config.embed_dim
+        self.num_cls_tokens = config.num_cls_tokens
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.input_multiple = config.patch_size
+        self.window_size: int | None = None
+        self.grad_checkpointing = False
+        self._global: tuple[bool, ...] = ()
+        self.patch_generator = PatchGenerator(config, interpolation)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS) if config.final_norm else nn.Identity()
+        if config.unused_reg_tokens:
+            # The v2 architectures store these and never read them. They are kept so that nothing is lost on saving.
+            shape = (1, config.unused_reg_tokens, config.embed_dim)
+            self.reg_token = nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+    def set_windows(self, window_size: int | None, num_windowed: int | None = None, num_global: int | None = None) -> None:
+        """Switch ViTDet windows on or off.
+
+        Args:
+            window_size: Side of a window in patches; None for global attention everywhere.
+            num_windowed: See `amradio.models.windows.global_blocks`.
+            num_global: See `amradio.models.windows.global_blocks`.
+        """
+        self.window_size = window_size
+        self._global = () if window_size is None else global_blocks(len(self.blocks), num_windowed, num_global)
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Run the trunk.
+
+        Args:
+            images: Conditioned images [B, in_chans, H, W]; sides are multiples of patch size times window size.
+
+        Returns:
+            The final tokens after the final norm.
+        """
+        tokens = None
+        for _, tokens in self.run(images, ()):
+            pass
+        assert tokens is not None  # run() always yields the last block's
+        return self.finish(tokens)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """Apply the final norm (the identity in most models) to both parts."""
+        if isinstance(self.norm, nn.Identity):
+            return tokens
+        return Tokens(self.norm(tokens.prefix), self.norm(tokens.patches))
+
+    def run(self, images: Tensor, wanted: Sequence[int], stop: int | None = None) -> Iterator[tuple[int, Tokens]]:
+        """Run block by block.
+
+        Args:
+            images: As for `forward`.
+            wanted: Blocks after which the tokens are yielded.
+            stop: Last block to run; default the last one there is.
+
+        Yields:
+            Block index and its output (before any final norm), for each wanted block and for the last one run.
+        """
+        stop = len(self.blocks) - 1 if stop is None else stop
+        p = self.patch_size
+        grid = (images.shape[-2] // p, images.shape[-1] // p)
+        x = self.patch_generator(images)  # [B, P + L, C]
+        state = _Sequence(x, self.num_prefix_tokens, grid, self.window_size)
+        for i, block in enumerate(self.blocks[: stop + 1]):
+            if self._global:
+                state.make_global() if self._global[i] else state.make_windowed()
+            state.apply(self._checkpointed(block))
+            if i == stop or i in wanted:
+                yield i, state.tokens()
+
+    def _checkpointed(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return lambda x: checkpoint(block, x, use_reentrant=False)
+        return block
+
+
+class _Sequence:
+    """The running token sequence, whole or taken apart into windows and withheld prefix tokens."""
+
+    def __init__(self, x: Tensor, num_prefix: int, grid: tuple[int, int], window: int | None) -> None:
+        self.batch, self.num_prefix, self.grid, self.window = x.shape[0], num_prefix, grid, window
+        self.whole: Tensor | None = x  # [B, P + L, C]
+        self.prefix = x[:, :num_prefix]  # [B, P, C], meaningful while not whole
+        self.windows = x[:, num_prefix:]  # [B * W, window**2, C], meaningful while not whole
+        self.permuted = False  # whether the patches are in window order
+
+    def make_windowed(self) -> None:
+        if self.whole is None:
+            return
+        assert self.window is not None
+        self.prefix, patches = self.whole[:, : self.num_prefix], self.whole[:, self.num_prefix :]
+        if self.permuted:
+            self.windows = patches.reshape(-1, self.window**2, patches.shape[-1])  # [B * W, window**2, C]
+        else:
+            self.windows = to_windows(patches, self.grid, self.window)  # [B * W, window**2, C]
+            self.permuted = True
+        self.whole = None
+
+    def make_global(self) -> None:
+        if self.whole is None:
+            patches = self.windows.reshape(self.batch, -1, self.windows.shape[-1])  # [B, L, C]
+            self.whole = torch.cat([self.prefix, patches], dim=1) if self.num_prefix else patches  # [B, P + L, C]
+
+    def apply(self, block: Callable[[Tensor], Tensor]) -> None:
+        if self.whole is None:
+            self.windows = block(self.windows)
+        else:
+            self.whole = block(self.whole)
+
+    def tokens(self) -> Tokens:
+        """The present tokens with patches in row-major order."""
+        prefix = self.prefix if self.whole is None else self.whole[:, : self.num_prefix]
+        patches = self.windows if self.whole is None else self.whole[:, self.num_prefix :]
+        if self.permuted:
+            assert self.window is not None
+            patches = from_windows(patches, self.batch, self.grid, self.window)  # [B, L, C]
+        return Tokens(prefix, patches)

@@ -1,0 +1,188 @@
+"""Fetch the files of a text tower from the Hugging Face hub, with errors in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amradio.errors import DownloadError, GatedRepoError, OfflineError
+
+# Configuration and tokenizer. Python files are never fetched, so no repository can bring code along.
+_DESCRIPTION = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How the hub is asked.
+
+    Attributes:
+        token: Access token; None for the stored one.
+        revision: Branch, tag or commit of the repository with the weights.
+        cache_dir: Cache root; None for ``AMRADIO_CACHE``, else the Hugging Face cache.
+        local_files_only: Never ask the network. ``AMRADIO_OFFLINE`` and the hub's own offline variables do the same.
+    """
+
+    token: str | bool | None = None
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    @property
+    def offline_reason(self) -> str | None:
+        """Why nothing may be fetched, None if it may."""
+        from huggingface_hub import constants
+
+        if self.local_files_only:
+            return "local_files_only=True"
+        for name in ("AMRADIO_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            if os.environ.get(name, "").upper() in _TRUE:
+                return f"{name} is set"
+        return "huggingface_hub is in offline mode" if constants.HF_HUB_OFFLINE else None
+
+    @property
+    def cache_root(self) -> str | None:
+        """Cache root in the form that libraries take, None for their default."""
+        root = self.cache_dir or os.environ.get("AMRADIO_CACHE")
+        return str(Path(root).expanduser()) if root else None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``huggingface_hub`` functions."""
+        return {
+            "token": self.token,
+            "revision": self.revision,
+            "cache_dir": self.cache_root,
+            "local_files_only": self.offline_reason is not None,
+        }
+
+
+def fetch_description(repo: str, options: HubOptions) -> Path:
+    """Fetch configuration and tokenizer of a repository.
+
+    Args:
+        repo: ``organisation/name``.
+        options: How to ask.
+
+    Returns:
+        The directory with the files; its name is the commit.
+
+    Raises:
+        DownloadError: They cannot be had; see `translated_errors`.
+    """
+    from huggingface_hub import snapshot_download
+
+    with translated_errors(repo, options):
+        directory = Path(snapshot_download(repo, allow_patterns=list(_DESCRIPTION), **options.arguments()))
+    if not (directory / "config.json").is_file():  # without a connection the hub client returns what the cache has
+        if options.offline_reason:
+            raise _offline(repo, "config.json", options)
+        raise DownloadError(
+            f"{repo} has no config.json that could be fetched: it is not a repository in the layout of transformers."
+        )
+    return directory
+
+
+def fetch_first(repo: str, filenames: Sequence[str], options: HubOptions) -> Path:
+    """Fetch the first of several files that a repository has.
+
+    Args:
+        repo: ``organisation/name``.
+        filenames: Candidates, the preferred one first.
+        options: How to ask.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        DownloadError: None of them can be had; see `translated_errors`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    for filename in filenames:
+        with translated_errors(repo, options, filename):
+            try:
+                return Path(hf_hub_download(repo, filename, **options.arguments()))
+            except RemoteEntryNotFoundError:
+                continue
+            except LocalEntryNotFoundError:
+                if options.offline_reason is None:
+                    raise
+    if options.offline_reason:
+        raise _offline(repo, " or ".join(filenames), options)
+    raise DownloadError(f"{repo} has none of the weight files {', '.join(filenames)}.")
+
+
+@contextlib.contextmanager
+def translated_errors(repo: str, options: HubOptions, what: str = "its files") -> Iterator[None]:
+    """Turn errors of ``huggingface_hub`` (and what was raised because of them) into ours.
+
+    Args:
+        repo: Repository or library entry that is being fetched.
+        options: How the hub is asked.
+        what: What is being fetched, for the message.
+
+    Raises:
+        GatedRepoError: The owners' licence must be accepted first.
+        OfflineError: It is not in the cache and nothing may be fetched.
+        DownloadError: Anything else that went wrong on the way.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (DownloadError, errors.RemoteEntryNotFoundError):
+        raise
+    except Exception as e:
+        chain = list(_chain(e))
+        if any(isinstance(c, errors.GatedRepoError) for c in chain):
+            raise GatedRepoError(
+                f"{repo} is gated: its owners ask for an accepted licence. Accept it on https://huggingface.co/{repo}, then "
+                f"log in (`hf auth login`) or pass token=."
+            ) from e
+        if any(isinstance(c, errors.RevisionNotFoundError) for c in chain):
+            raise DownloadError(
+                f"{repo} has no revision {options.revision!r}: name a branch, a tag or a commit of it."
+            ) from e
+        if any(isinstance(c, errors.RepositoryNotFoundError) for c in chain):
+            raise DownloadError(
+                f"There is no repository {repo} on the Hugging Face hub, or it is private and the token has no access to it. "
+                "Check the name, log in (`hf auth login`) or pass token=."
+            ) from e
+        if options.offline_reason and any(
+            isinstance(c, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for c in chain
+        ):
+            raise _offline(repo, what, options) from e
+        if any(isinstance(c, (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError)) for c in chain):
+            raise DownloadError(
+                f"{what} of {repo} could not be fetched: {chain[-1] or type(chain[-1]).__name__}."
+            ) from e
+        raise
+
+
+def _offline(repo: str, what: str, options: HubOptions) -> OfflineError:
+    return OfflineError(
+        f"{what} of {repo} is not in the cache ({options.cache_root or 'the Hugging Face cache'}), and {options.offline_reason}. "
+        f"Fetch it once with a connection (`hf download {repo}`), or give the path of a local directory instead."
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
