@@ -359,8 +359,7 @@ class ERadio(nn.Module):
     def _run(self, images: Tensor, last: int, features: bool = True) -> tuple[list[Tensor], Tensor | None]:
         """Run stages up to `last`: their maps before down-sampling, and the neck's sum if `features`."""
         _check_size(images)
-        x = images.contiguous(memory_format=torch.channels_last)
-        x = self.patch_embed(x)
+        x = self.patch_embed(images)
         maps: list[Tensor] = []
         dense: Tensor | None = None
         for i, stage in enumerate(self.levels):

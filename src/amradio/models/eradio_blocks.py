@@ -388,7 +388,7 @@ class AttentionBlock(nn.Module):
         y = from_windows(tokens, x.shape[0], grid, window).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
         if pad_h or pad_w:
             y = y[:, :, :height, :width]
-        return (self._expand(y) + x) * 0.5
+        return (x + self._expand(y)) * 0.5
 
     def _transform(self, x: Tensor) -> Tensor:
         """The two pre-norm residual branches on tokens [B * W, N, C]."""

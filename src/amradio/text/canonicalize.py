@@ -11,9 +11,9 @@ _PUNCTUATION = str.maketrans({"_": " "} | dict.fromkeys(string.punctuation.repla
 def canonicalize(text: str) -> str:
     """Reduce a text to lower-case words with single spaces between them.
 
-    Underscores become spaces, ASCII punctuation is removed, letters are lower-cased, white space is collapsed. The SigLIP2 tokenizer
-    files on the hub do not do this, and without it zero-shot accuracy on ImageNet falls by about 12 points
-    (big_vision, ``prompt_engineering.canonicalize_text``).
+    Underscores become spaces, ASCII punctuation is removed, letters are lower-cased, white space is collapsed
+    (big_vision, ``prompt_engineering.canonicalize_text``). The SigLIP2 tokenizer files on the hub do not do this, and
+    without it zero-shot accuracy on ImageNet falls by about 12 points.
 
     Args:
         text: Any text.

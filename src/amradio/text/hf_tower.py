@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +86,8 @@ class HFTokenizer:
             padding="max_length",
             truncation=True,
             max_length=self.context_length,
-            # No mask: SigLIP was trained attending to its padding, and CLIP's causal text tower never sees what follows the end.
+            # No mask: SigLIP was trained attending to its padding, and CLIP's causal text tower never sees what follows
+            # the end.
             return_attention_mask=False,
             return_token_type_ids=False,
             return_tensors="pt",
@@ -119,7 +120,7 @@ class HFTextTower(nn.Module):
         super().__init__()
         self.text_model = text_model
         self.output = output
-        self.tokenizer = tokenizer
+        self.tokenizer: Callable[..., Any] = tokenizer
         self.embed_dim = embed_dim
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
@@ -148,7 +149,7 @@ def load_hf_tower(source: str, options: HubOptions, hidden_act: str | None = Non
         hidden_act: Activation function in the MLPs, if another than config.json says is wanted.
 
     Returns:
-        The tower on the CPU, frozen, in evaluation mode and in the dtype in which it is stored.
+        The tower on the CPU, in the dtype in which it is stored.
 
     Raises:
         MissingDependencyError: transformers, or what the tokenizer needs, is not installed.
@@ -174,7 +175,7 @@ def load_hf_tower(source: str, options: HubOptions, hidden_act: str | None = Non
             f"{directory} has no config.json: a text tower is read from a directory in the layout of transformers "
             "(config.json, weights, tokenizer files, as save_pretrained writes them)."
         )
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    config = _load_config(transformers, directory, source)
     family, text_config = _text_side(config, source)
     if hidden_act is not None:
         text_config.hidden_act = hidden_act
@@ -221,13 +222,23 @@ def fetch_weights(repo: str, options: HubOptions) -> None:
             fetch_first(repo, [shard], options)
 
 
+def _load_config(transformers: Any, directory: Path, source: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except ValueError as e:
+        raise CapabilityError(f"{source} is a model of a type that transformers does not know: {e}") from e
+    except OSError as e:
+        raise LayoutError(f"The config.json of {source} cannot be read: {e}") from e
+
+
 def _text_side(config: Any, source: str) -> tuple[_Family, Any]:
     kind = config.model_type
     if kind in _TEXT_ONLY:
         return _TEXT_ONLY[kind], config
     if kind not in _FULL:
         raise CapabilityError(
-            f"{source} is a model of type {kind!r}; text towers are read from models of type {', '.join([*_FULL, *_TEXT_ONLY])}."
+            f"{source} is a model of type {kind!r}; text towers are read from models of type "
+            f"{', '.join([*_FULL, *_TEXT_ONLY])}."
         )
     text_config = config.text_config
     if kind == "clip":  # the full model's width counts: many published files leave a default in the text part
@@ -251,8 +262,8 @@ def _load_tokenizer(transformers: Any, directory: Path) -> Any:
         ) from e
     except (OSError, ValueError, TypeError) as e:
         raise LayoutError(f"{directory} has no tokenizer that transformers can read: {e}") from e
-    # Training padded on the right. transformers' own SigLIP2 class pads on the left unless the files say otherwise, and the
-    # summary is the last position.
+    # Training padded on the right. transformers' own SigLIP2 class pads on the left unless the files say otherwise, and
+    # the embedding is read at the last position.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
@@ -286,14 +297,15 @@ def _load_weights(
     except OSError as e:
         raise CheckpointError(f"The weights in {directory} cannot be read: {e}") from e
     missing = set(info["missing_keys"])
-    if missing - set(logits):
+    absent = sorted(missing - set(logits))
+    if absent:
         raise CheckpointKeyError(
-            f"The weights in {directory} lack {len(missing - set(logits))} tensors of the text tower ({family.text_model}), such as "
-            f"{', '.join(sorted(missing - set(logits))[:3])}. They belong to another model, or to the image half only."
+            f"The weights in {directory} lack {len(absent)} tensors of the text tower ({family.text_model}), such as "
+            f"{', '.join(absent[:3])}. They belong to another model, or to the image half only."
         )
     scalars: dict[str, float | None] = {}
     for name in logits:
         value = getattr(model, name)
         scalars[name] = None if name in missing else float(value.detach())
         delattr(model, name)
-    return model.eval().requires_grad_(False), scalars
+    return model, scalars

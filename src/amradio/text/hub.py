@@ -89,7 +89,7 @@ def fetch_description(repo: str, options: HubOptions) -> Path:
         directory = Path(snapshot_download(repo, allow_patterns=list(_DESCRIPTION), **options.arguments()))
     if not (directory / "config.json").is_file():  # without a connection the hub client returns what the cache has
         if options.offline_reason:
-            raise _offline(repo, "config.json", options)
+            raise _offline(repo, "the configuration", options)
         raise DownloadError(
             f"{repo} has no config.json that could be fetched: it is not a repository in the layout of transformers."
         )
@@ -128,7 +128,7 @@ def fetch_first(repo: str, filenames: Sequence[str], options: HubOptions) -> Pat
 
 
 @contextlib.contextmanager
-def translated_errors(repo: str, options: HubOptions, what: str = "its files") -> Iterator[None]:
+def translated_errors(repo: str, options: HubOptions, what: str = "the configuration") -> Iterator[None]:
     """Turn errors of ``huggingface_hub`` (and what was raised because of them) into ours.
 
     Args:
@@ -151,8 +151,8 @@ def translated_errors(repo: str, options: HubOptions, what: str = "its files") -
         chain = list(_chain(e))
         if any(isinstance(c, errors.GatedRepoError) for c in chain):
             raise GatedRepoError(
-                f"{repo} is gated: its owners ask for an accepted licence. Accept it on https://huggingface.co/{repo}, then "
-                f"log in (`hf auth login`) or pass token=."
+                f"{repo} is gated: its owners ask for an accepted licence. Accept it on https://huggingface.co/{repo}, "
+                f"then log in (`hf auth login`) or pass token=."
             ) from e
         if any(isinstance(c, errors.RevisionNotFoundError) for c in chain):
             raise DownloadError(
@@ -160,7 +160,7 @@ def translated_errors(repo: str, options: HubOptions, what: str = "its files") -
             ) from e
         if any(isinstance(c, errors.RepositoryNotFoundError) for c in chain):
             raise DownloadError(
-                f"There is no repository {repo} on the Hugging Face hub, or it is private and the token has no access to it. "
+                f"There is no repository {repo} on the Hugging Face hub, or it is private and the token has no access. "
                 "Check the name, log in (`hf auth login`) or pass token=."
             ) from e
         if options.offline_reason and any(
@@ -169,14 +169,15 @@ def translated_errors(repo: str, options: HubOptions, what: str = "its files") -
             raise _offline(repo, what, options) from e
         if any(isinstance(c, (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError)) for c in chain):
             raise DownloadError(
-                f"{what} of {repo} could not be fetched: {chain[-1] or type(chain[-1]).__name__}."
+                f"Fetching {what} of {repo} failed: {str(chain[-1]) or type(chain[-1]).__name__}"
             ) from e
         raise
 
 
 def _offline(repo: str, what: str, options: HubOptions) -> OfflineError:
     return OfflineError(
-        f"{what} of {repo} is not in the cache ({options.cache_root or 'the Hugging Face cache'}), and {options.offline_reason}. "
+        f"There is no copy of {what} of {repo} in the cache ({options.cache_root or 'the Hugging Face cache'}), and "
+        f"{options.offline_reason}. "
         f"Fetch it once with a connection (`hf download {repo}`), or give the path of a local directory instead."
     )
 

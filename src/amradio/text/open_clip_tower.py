@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class OpenClipTextTower(nn.Module):
         super().__init__()
         if hasattr(model, "visual"):
             del model.visual
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.model = model
+        self.tokenizer: Callable[..., Any] = tokenizer
         self.embed_dim = embed_dim
         # Kept as numbers: casting the tower to a short dtype must not round them.
         self.logit_scale = _number(model, "logit_scale")
@@ -68,8 +69,8 @@ def import_open_clip() -> Any:
         return importlib.import_module("open_clip")
     except Exception as e:  # a torchvision built for another torch raises RuntimeError, not ImportError
         raise MissingDependencyError(
-            f"open_clip cannot be imported ({type(e).__name__}: {e}). It comes with `pip install 'amradio[text]'` and needs a "
-            "torchvision that fits the installed torch."
+            f"open_clip cannot be imported ({type(e).__name__}: {e}). It comes with `pip install 'amradio[text]'` and "
+            "needs a torchvision that fits the installed torch."
         ) from e
 
 
@@ -83,7 +84,7 @@ def load_open_clip_tower(open_clip: Any, name: str, pretrained: str, options: Hu
         options: How the hub is asked.
 
     Returns:
-        The tower on the CPU, frozen, in evaluation mode and float32.
+        The tower on the CPU, in float32.
 
     Raises:
         UnknownModelError: open_clip has no such architecture, or no such weights for it.
@@ -121,10 +122,12 @@ def _weights_file(open_clip: Any, name: str, pretrained: str, options: HubOption
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise UnknownModelError(
-            f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. {nearest_names(pretrained, tags)}"
+            f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. "
+            f"{nearest_names(pretrained, tags)}"
         )
     if published.get("hf_hub"):
-        # Fetched here and not by open_clip, which takes neither token nor revision nor offline mode. "org/name/" names no file.
+        # Fetched here and not by open_clip, which takes neither token nor revision nor offline mode. The entry
+        # "org/name/" names no file.
         repo, _, filename = published["hf_hub"].rpartition("/")
         defaults = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         return fetch_first(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -17,24 +17,18 @@ class TextTower(Protocol):
 
     Attributes:
         embed_dim: Width C of an embedding.
-        logit_scale: Natural logarithm of the factor on cosine similarities, as learnt by the teacher; None if not stored.
+        tokenizer: One text or a sequence of texts to tokens of the fixed length L that the tower was trained with. The
+            tokens have a ``.to(device)``: an int64 tensor [N, L] for CLIP, for SigLIP a batch object with
+            ``input_ids`` [N, L].
+        logit_scale: Natural logarithm of the factor on cosine similarities, as learnt by the teacher; None if not
+            stored.
         logit_bias: Bias added after scaling, learnt by SigLIP-type teachers; None if there is none or it is not stored.
     """
 
+    tokenizer: Callable[..., Any]
     embed_dim: int
     logit_scale: float | None
     logit_bias: float | None
-
-    def tokenizer(self, texts: str | Sequence[str]) -> Any:
-        """Turn texts into tokens of the fixed length that the tower was trained with.
-
-        Args:
-            texts: One text or several.
-
-        Returns:
-            Tokens with a ``.to(device)``: an int64 tensor [N, L] for CLIP, for SigLIP a batch object with ``input_ids`` [N, L].
-        """
-        ...
 
     def encode_text(self, tokens: Any, normalize: bool = False) -> Tensor:
         """Embed tokens.

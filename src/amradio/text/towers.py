@@ -17,7 +17,8 @@ from amradio.text.open_clip_tower import OpenClipTextTower, import_open_clip, lo
 from amradio.text.protocol import TextTower
 
 TEXT_TYPES = ("open_clip", "siglip2", "siglip", "hf")
-"""Teacher types with a text side. Published RADIO checkpoints have the first two; the others name a transformers model."""
+"""Teacher types with a text side. Published RADIO checkpoints have the first two; the others name a transformers model.
+"""
 
 _SIGLIP2_REPOS = {
     "siglip2-g-384": "google/siglip2-giant-opt-patch16-384",
@@ -59,12 +60,13 @@ def load_text_tower(
 
     Where the weights come from, first match:
 
-    1. ``pretrained`` or ``model`` is a local directory in the layout of transformers, or ``model`` is a repository on the hub
-       (``organisation/name``): that, through transformers. Type and directory need not agree; config.json decides.
+    1. ``pretrained`` or ``model`` is a local directory in the layout of transformers, or ``model`` is a repository on
+       the hub (``organisation/name``): that, through transformers. config.json says which kind of model it is, not the
+       teacher's type.
     2. Type ``siglip2``: the repository behind the model's name, through transformers.
-    3. Type ``open_clip``: open_clip, if it can be imported; else transformers, for teachers whose weights are known to be
-       published in its layout too (``dfn5b`` and ``webli`` of the released RADIO models). The CLIP tokenizers of the two libraries
-       differ in one thing: open_clip's also repairs broken encodings and resolves HTML entities.
+    3. Type ``open_clip``: open_clip, if it can be imported; else transformers, for teachers whose weights are known to
+       be published in its layout too (``dfn5b`` and ``webli`` of the released RADIO models). The tokenizers of the two
+       libraries differ in one thing: open_clip's also repairs broken encodings and resolves HTML entities.
 
     Args:
         teacher: Record from a RADIO checkpoint: ``type`` and ``model``, and where needed ``pretrained`` and ``name``.
@@ -88,13 +90,18 @@ def load_text_tower(
     """
     kind, model, pretrained = _read_record(teacher)
     options = HubOptions(token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    tower: HFTextTower | OpenClipTextTower
     source = _transformers_source(kind, model, pretrained)
-    if source is not None:
-        tower = load_hf_tower(source, options)
-    else:
-        tower = _load_open_clip(model, pretrained, options)
-    return tower.to(device=device, dtype=dtype)
+    tower = load_hf_tower(source, options) if source else _load_open_clip(model, pretrained, options)
+    return tower.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def has_text_side(teacher: Mapping[str, Any]) -> bool:
+    """Whether `load_text_tower` can be asked for this teacher.
+
+    Args:
+        teacher: Record from a RADIO checkpoint.
+    """
+    return teacher.get("type") in TEXT_TYPES
 
 
 def _read_record(teacher: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -126,7 +133,8 @@ def _transformers_source(kind: str, model: str, pretrained: str) -> str | None:
         return None
     hint = nearest_names(model, _SIGLIP2_REPOS) if kind == "siglip2" else ""
     raise UnknownModelError(
-        f"There is no text tower {model!r}: it is not a local directory and not a repository (organisation/name). {hint}".rstrip()
+        f"There is no text tower {model!r}: it is not a local directory and not a repository (organisation/name)."
+        f" {hint}".rstrip()
     )
 
 
@@ -138,8 +146,9 @@ def _load_open_clip(model: str, pretrained: str, options: HubOptions) -> HFTextT
         if same is None:
             known = "; ".join(f"{m} / {p}" for m, p in _SAME_WEIGHTS)
             raise MissingDependencyError(
-                f"The text side of {model} / {pretrained or 'no weights named'} needs open_clip. {broken} The other way, through "
-                f"transformers, is known for {known} only; for any model in its layout, give the path of a local directory as `pretrained`."
+                f"The text side of {model} / {pretrained or 'no weights named'} needs open_clip. {broken} "
+                f"The other way, through transformers, is known for {known} only; for any model in its layout, give "
+                "the path of a local directory as `pretrained`."
             ) from broken
         try:
             import_transformers()

@@ -1,9 +1,9 @@
 """Feature maps as colour pictures: the first three principal components become red, green and blue.
 
-The recipe is that of RADIO's visualiser (features are centred for the fit, the colours are scaled between the extremes of
-what is not an outlier), with an exact solver in float64 and a fixed sign, so that the same features always give the
-same picture. Similar colours mean similar features within one basis; colours of different bases cannot be compared, which is
-why one basis can be fitted over several maps.
+The recipe is that of RADIO's visualiser (features are centred for the fit, the colours are scaled between the extremes
+of what is not an outlier), with an exact solver in float64 and a fixed sign, so that the same features always give the
+same picture. Similar colours mean similar features within one basis; colours of different bases cannot be compared,
+which is why one basis can be fitted over several maps.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def pca_rgb(features: Tensor, basis: PCABasis | None = None, *, skip: int = 0) -
 def colour_range(colours: Tensor) -> tuple[Tensor, Tensor]:
     """Find the extremes of each channel, outliers left out.
 
-    A value is an outlier when its distance from the channel's median is at least `OUTLIER_RATIO` times the median of these
-    distances. Of an even number of values, the median is the lower of the two in the middle, as in the published recipe.
+    A value is an outlier when its distance from the channel's median is at least `OUTLIER_RATIO` times the median of
+    these distances. Of an even number of values, the median is the lower of the two in the middle, as in the published
+    recipe.
 
     Args:
         colours: [N, 3].
@@ -191,8 +192,8 @@ def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
 def _principal_directions(x: Tensor, count: int) -> Tensor:
     """The directions of largest variance, [C, k] with k = min(count, rank).
 
-    Exact eigen-decomposition of whichever is smaller, the covariance or the Gram matrix; the error of squaring the condition
-    number only touches directions whose variance is 1e-16 of the largest.
+    Exact eigen-decomposition of whichever is smaller, the covariance or the Gram matrix; the error of squaring the
+    condition number only touches directions whose variance is 1e-16 of the largest.
     """
     centred = x - x.mean(dim=0)
     count = min(count, *x.shape)
@@ -205,4 +206,6 @@ def _principal_directions(x: Tensor, count: int) -> Tensor:
     significant = values[-count:].flip(0) > values[-1] * x.shape[0] * torch.finfo(x.dtype).eps
     directions = F.normalize(directions, dim=0) * significant  # a direction without variance is noise: none at all
     largest = directions.abs().argmax(dim=0, keepdim=True)
-    return directions * torch.where(directions.gather(0, largest) < 0, -1.0, 1.0)
+    signs = torch.where(directions.gather(0, largest) < 0, -1.0, 1.0)
+    oriented: Tensor = directions * signs
+    return oriented

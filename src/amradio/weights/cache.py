@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from amradio.errors import DownloadError
+from amradio.errors import AmradioError, DownloadError
 from amradio.weights.trust import safe_name
 
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
@@ -72,11 +72,22 @@ def locked(root: Path, key: str) -> Iterator[None]:
     Args:
         root: Cache root.
         key: What is locked.
+
+    Raises:
+        DownloadError: Nothing can be written there, now or while the lock is held.
     """
     # Falls back to a plain lock file where the file system knows no locks, and says while it waits.
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     directory = root / "amradio" / "locks"
     make_directory(directory)
-    with WeakFileLock(directory / f"{safe_name(key)}.lock"):
-        yield
+    try:
+        with WeakFileLock(directory / f"{safe_name(key)}.lock"):
+            yield
+    except AmradioError:
+        raise
+    except OSError as e:
+        raise DownloadError(
+            f"The cache {root} cannot be written: {e}. Make room or allow writing, or choose another place with "
+            "cache_dir= or AMRADIO_CACHE."
+        ) from e

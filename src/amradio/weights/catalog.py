@@ -142,8 +142,7 @@ _V3_ADAPTORS = ("clip", "siglip2-g", "dino_v2", "sam")
 _V4_ADAPTORS = ("siglip2-g", "dino_v3_7b", "sam3")
 _V3_NOTE = (
     "Trained and released with align_corners interpolation of the position grid; the published table appeared after "
-    "the "
-    "official code had changed to half_pixel, so which of the two it was measured with is not certain."
+    "the official code had changed to half_pixel, so which of the two it was measured with is not certain."
 )
 _V4_NOTE = (
     "The README calls the adaptors siglip2-g, dino_v3, sam3; the released file says dino_v3_7b. The safetensors on "
@@ -170,8 +169,7 @@ _RADIO = (
         metrics_source=_README,
         dtype="float32",
         notes=f"{_BEFORE_CHANGE} The publishers correct their zero-shot figure: 82.73 belongs to another checkpoint, "
-        "this one "
-        "reaches 82.928 on non-square and 82.654 on square 378 px inputs.",
+        "this one reaches 82.928 on non-square and 82.654 on square 378 px inputs.",
     ),
     CatalogEntry(
         version="radio_v2",
@@ -191,8 +189,7 @@ _RADIO = (
         metrics_source=_README,
         dtype="float32",
         notes=f"{_BEFORE_CHANGE} An older results table names RTX-Translate as a fifth teacher and gives lower VQA "
-        "scores "
-        "(GQA 61.50, TextVQA 55.16, VQAv2 78.09). Summaries collapse above about 700 px (mode switch).",
+        "scores (GQA 61.50, TextVQA 55.16, VQAv2 78.09). Summaries collapse above about 700 px (mode switch).",
     ),
     CatalogEntry(
         version="radio_v2.1",
@@ -214,8 +211,7 @@ _RADIO = (
         metrics_source=_README,
         dtype="bfloat16",
         notes=f"{_BEFORE_CHANGE} Another table of the same README gives SAM-COCO 76.23 and 158 images/s at 432 px. "
-        "Summaries "
-        "collapse above about 700 px (mode switch).",
+        "Summaries collapse above about 700 px (mode switch).",
     ),
     CatalogEntry(
         version="radio_v2.5-b",
@@ -322,13 +318,11 @@ _RADIO = (
         position_interpolation_published="half_pixel",
         dtype="float32",
         notes="No results were published under this name. The README gives those of an earlier 'eradio_v1', which was "
-        "never "
-        "downloadable as such (3697 images/s, zero-shot 77.87, k-NN 83.73, ADE20k 45.50, VOC 79.95, GQA 59.55, "
-        "TextVQA 46.31, "
-        "VQAv2 72.05), and of an 'E-RADIO-L' (468 images/s at 512 px, 391 M parameters, zero-shot 80.73, k-NN 83.89, "
-        "ADE20k 48.22, VOC 81.64, SAM-COCO 76.31). Inputs must be multiples of 32 px. The model has no position grid, "
-        "so "
-        "the position interpolation has no effect, and the official code accepts a ViTDet window without windowing.",
+        "never downloadable as such (3697 images/s, zero-shot 77.87, k-NN 83.73, ADE20k 45.50, VOC 79.95, GQA 59.55, "
+        "TextVQA 46.31, VQAv2 72.05), and of an 'E-RADIO-L' (468 images/s at 512 px, 391 M parameters, zero-shot "
+        "80.73, k-NN 83.89, ADE20k 48.22, VOC 81.64, SAM-COCO 76.31). Inputs must be multiples of 32 px. The model "
+        "has no position grid, so the position interpolation has no effect, and the official code accepts a ViTDet "
+        "window without windowing.",
     ),
 )  # fmt: skip
 
@@ -350,8 +344,7 @@ _C_RADIO = (
         metrics_source=_README,
         dtype="float32",
         notes=f"{_BEFORE_CHANGE} The first commercial model (December 2024), on Hugging Face only; the README's table "
-        "calls "
-        "it c-radio-h. Its preferred resolution is what its config.json says.",
+        "calls it c-radio-h. Its preferred resolution is what its config.json says.",
     ),
     CatalogEntry(
         version="c-radio_v2-b",
@@ -444,8 +437,7 @@ _C_RADIO = (
         params=319_934_470,
         dtype="float32",
         notes=f"{_V3_NOTE} The code in its Hugging Face repository switched to half_pixel in July 2025 with the "
-        "weights "
-        "unchanged. The parameter count includes the 6 values of the input conditioner.",
+        "weights unchanged. The parameter count includes the 6 values of the input conditioner.",
     ),
     CatalogEntry(
         version="c-radio_v3-h",
@@ -488,8 +480,7 @@ _C_RADIO = (
         params=1_159_618_566,
         dtype="float32",
         notes=f"{_V3_NOTE} The code in its Hugging Face repository switched to half_pixel in July 2025 with the "
-        "weights "
-        "unchanged. The parameter count includes the 6 values of the input conditioner.",
+        "weights unchanged. The parameter count includes the 6 values of the input conditioner.",
     ),
     CatalogEntry(
         version="c-radio_v4-so400m",

@@ -86,9 +86,8 @@ def fetch_url(
         raise OptionError(f"{public_url(url)!r} is not an http(s) address.")
     if parts.username or parts.password:
         raise OptionError(
-            f"The address of {public_url(url)} contains a user name or password, which would end up in logs. Fetch "
-            "the file by "
-            "other means and give its path."
+            f"The address of {public_url(url)} contains a user name or password, which would end up in logs. Fetch the "
+            "file by other means and give its path."
         )
     file = hub.parse_url(url)
     if file is not None:
@@ -148,8 +147,7 @@ def fetch_hub_file(
     if offline is not None:
         raise OfflineError(
             f"{file.filename!r} of {repo} at revision {pinned.revision!r} is not in the cache, and {offline}. Looked "
-            "in "
-            f"{hub.snapshot_path(root, file, pinned.revision).parent}. Fetch it once with a connection, or give the "
+            f"in {hub.snapshot_path(root, file, pinned.revision).parent}. Fetch it once with a connection, or give the "
             "path of a file."
         )
     headers = hub.request_headers(token)
@@ -207,8 +205,7 @@ def fetch_hub_model(
                 raise single_file_error from None
             raise DownloadError(
                 f"{repo} at commit {commit} has neither 'model.safetensors' nor 'model.safetensors.index.json'. "
-                "Pickled weights "
-                "(pytorch_model.bin) are not read from repositories."
+                "Pickled weights (pytorch_model.bin) are not read from repositories."
             ) from e
         for shard in _shards(index.path):
             get(shard, commit)
@@ -320,8 +317,7 @@ def _fetch_plain(url: str, root: Path, offline: str | None, progress: bool, sha2
     if offline is not None:
         raise OfflineError(
             f"{source} is not in the cache, and {offline}. Looked for {target}. Fetch it once with a connection, or "
-            "give the path "
-            "of a file."
+            "give the path of a file."
         )
     with locked(root, key):
         trusted = _Trusted(TrustStore(root), key, sha256)  # read again: another process may have been first

@@ -185,8 +185,7 @@ def _metadata_once(file: HubFile, headers: dict[str, str]) -> HubMetadata:
     if not (_COMMIT.fullmatch(found.commit_hash or "") and _SAFE_ETAG.fullmatch(found.etag or "")):
         raise DownloadError(
             f"{endpoint()} does not answer like a Hugging Face hub: commit {found.commit_hash!r}, entity tag "
-            f"{found.etag!r} for "
-            f"{file.filename} of {file.repo}. Check HF_ENDPOINT, the proxy and the firewall."
+            f"{found.etag!r} for {file.filename} of {file.repo}. Check HF_ENDPOINT, the proxy and the firewall."
         )
     return HubMetadata(commit=str(found.commit_hash), etag=str(found.etag), size=found.size)
 
@@ -204,16 +203,14 @@ def _raise_refusal(file: HubFile, error: HfHubHTTPError, token_sent: bool) -> No
     if isinstance(error, hub_errors.RevisionNotFoundError):
         raise RevisionNotFoundError(
             f"{file.repo} has no revision {file.revision!r} (HTTP {status}), so {file.filename!r} cannot be fetched. "
-            "Check "
-            f"the branches and commits at {endpoint()}/{file.repo}/commits/main."
+            f"Check the branches and commits at {endpoint()}/{file.repo}/commits/main."
         ) from error
     if status in (401, 403):
         raise _gated(file, status, token_sent) from error
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         raise DownloadError(
             f"There is no repository {where} with a file {file.filename!r} at {endpoint()} (HTTP {status}). Check the "
-            "spelling; "
-            "for a private repository a token is needed (token=, HF_TOKEN or 'hf auth login')."
+            "spelling; for a private repository a token is needed (token=, HF_TOKEN or 'hf auth login')."
         ) from error
     raise DownloadError(f"{endpoint()} answered {status} for {file.filename!r} of {where}.") from error
 

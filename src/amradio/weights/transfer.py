@@ -35,7 +35,6 @@ MAX_WAIT_S = 60.0
 """Longest wait that a server's Retry-After header can ask for."""
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DISK_FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})  # Windows knows no quota error
-_CHUNK_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -111,10 +110,8 @@ def with_retries(action: Callable[[], T], *, what: str, progress_made: Callable[
             if failures >= ATTEMPTS:
                 raise DownloadError(
                     f"{what} failed {failures} times in a row: {e}. Check the connection and, if there is one, the "
-                    "proxy "
-                    "(HTTPS_PROXY, HTTP_PROXY, NO_PROXY); what has been fetched is kept and the next try continues "
-                    "from it. "
-                    "A file fetched by other means can be given by its path."
+                    "proxy (HTTPS_PROXY, HTTP_PROXY, NO_PROXY); what has been fetched is kept and the next try "
+                    "continues from it. A file fetched by other means can be given by its path."
                 ) from e
             wait_s = e.retry_after_s if e.retry_after_s is not None else BACKOFF_S * 2 ** (failures - 1)
             logger.info("%s: %s; next try in %.1f s", what, e, wait_s)
@@ -272,8 +269,7 @@ def check_free_space(directory: Path, needed_bytes: int, name: str) -> None:
     if needed_bytes > free_bytes:
         raise DownloadError(
             f"{name} needs {needed_bytes} more bytes but {directory} has only {free_bytes} free. Free some space, or "
-            "choose "
-            "another place with cache_dir= or the environment variable AMRADIO_CACHE."
+            "choose another place with cache_dir= or the environment variable AMRADIO_CACHE."
         )
 
 
@@ -284,7 +280,8 @@ def _receive(source: Source, response: Any, part: Path, start: int, total: int |
         _open_at(part, start) as file,
         tqdm(total=total, initial=start, desc=source.name, unit="B", unit_scale=True, disable=not progress) as bar,
     ):
-        for chunk in response.iter_bytes(_CHUNK_BYTES):
+        # As received: with a chunk size the client would collect first, and lose that when the connection is cut.
+        for chunk in response.iter_bytes():
             _write(file, chunk, part, total)
             bar.update(len(chunk))
         os.fsync(file.fileno())
@@ -318,8 +315,8 @@ def _write(file: io.FileIO, chunk: bytes, part: Path, total: int | None) -> None
         free_bytes = shutil.disk_usage(part.parent).free
         raise DownloadError(
             f"The disk is full: {missing} bytes are still needed at {part.parent}, {free_bytes} are free. The "
-            f"{fetched} bytes "
-            f"fetched so far are kept in {part.name}; free some space and run again, and the download continues."
+            f"{fetched} bytes fetched so far are kept in {part.name}; free some space and run again, and the download "
+            "continues."
         ) from e
 
 

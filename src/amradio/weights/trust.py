@@ -92,13 +92,12 @@ class TrustStore:
         path = self.path(key)
         try:
             return TrustRecord(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as e:
             raise IntegrityError(
                 f"The trust record {path} cannot be read ({e}). It says what {key} contained when it was first "
-                "fetched. "
-                "If you know why it is damaged, delete it: the next fetch then counts as the first one."
+                "fetched. If you know why it is damaged, delete it: the next fetch then counts as the first one."
             ) from e
 
     def write(self, key: str, record: TrustRecord) -> None:
@@ -145,9 +144,8 @@ class Claim:
             sha256=record.sha256,
             by=f"was recorded at its first use ({record.first_use})",
             advice="It was changed upstream, or the connection is not to be trusted. Nothing was kept. If you know "
-            "that the "
-            f"change is right, delete the record {path} and run again; to go on with the first content, use a copy of "
-            "it.",
+            f"that the change is right, delete the record {path} and run again; to go on with the first content, use "
+            "a copy of it.",
         )
 
     @classmethod

@@ -1,0 +1,7 @@
+"""``python -m amradio``."""
+
+import sys
+
+from amradio.cli import main
+
+sys.exit(main())
