@@ -1,6 +1,8 @@
 """Entry point for ``torch.hub``, with the official signature.
 
-    model = torch.hub.load("OWNER/amradio", "radio_model", version="radio_v2.5-l", adaptor_names=["clip"])
+```python
+model = torch.hub.load("OWNER/amradio", "radio_model", version="radio_v2.5-l", adaptor_names=["clip"])
+```
 """
 
 import sys

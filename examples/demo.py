@@ -1,7 +1,7 @@
 """Features of a few real photos, end to end: a checkpoint in the official format, `amradio features`, pictures of the maps.
 
 The checkpoint is made here, with random weights: the demo shows that everything is installed and works together, not what
-a trained model sees. Give `--model c-radio_v4-h` (2.6 GB to download) for real features.
+a trained model sees. Give `--model c-radio_v4-h` for real features; that downloads its weights.
 """
 
 from __future__ import annotations

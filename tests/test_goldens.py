@@ -72,7 +72,9 @@ def load(case: dict[str, Any], compat: str | None = "official") -> amradio.Radio
         )
 
 
-def run(model: amradio.RadioModel, call: dict[str, Any], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Any:
+def run(
+    model: amradio.RadioModel, call: dict[str, Any], tensors: dict[str, torch.Tensor], state: dict[str, Any]
+) -> Any:
     """One call of a case; returns its outputs by name, or None for calls without outputs."""
     fn, id_ = call["fn"], call["id"]
     images = tensors[call["input"]].float() / 255 if call.get("input") else None

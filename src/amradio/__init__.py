@@ -26,7 +26,7 @@ _EXPORTS = {
     "save": "amradio.weights.convert",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from amradio.backbones.load import load as load

@@ -40,7 +40,20 @@ def test_features_of_a_folder(
     photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = ["features", str(photos), "-m", checkpoint, "-o", str(out), "-a", "clip", "--resolution", "64", "--pca", "--json"]
+    words = [
+        "features",
+        str(photos),
+        "-m",
+        checkpoint,
+        "-o",
+        str(out),
+        "-a",
+        "clip",
+        "--resolution",
+        "64",
+        "--pca",
+        "--json",
+    ]
     assert main(words) == 3
     result = json.loads(capsys.readouterr().out)
     assert (result["ok"], result["failed"], len(result["failures"])) == (4, 1, 1)
@@ -61,7 +74,9 @@ def test_features_of_a_folder(
     assert rows[4]["reason"]
 
 
-def test_a_second_run_needs_overwrite(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_needs_overwrite(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["features", str(photos / "0.png"), "-m", checkpoint, "-o", str(tmp_path / "out")]
     assert main(words) == 0
     assert main(words) == 1
@@ -122,8 +137,12 @@ def test_models_lists_licences(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["native", "official", "huggingface"])
-def test_convert_there_and_back(layout: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there = tmp_path / ("there.pth.tar" if layout == "official" else "there.safetensors" if layout == "native" else "there")
+def test_convert_there_and_back(
+    layout: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / (
+        "there.pth.tar" if layout == "official" else "there.safetensors" if layout == "native" else "there"
+    )
     assert main(["convert", checkpoint, str(there), "--to", layout]) == 0
     assert main(["convert", checkpoint, str(there), "--to", layout]) == 1
     assert "--overwrite" in capsys.readouterr().err
@@ -149,6 +168,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_version_and_module_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"amradio {amradio.__version__}"
-    done = subprocess.run([sys.executable, "-m", "amradio", "models"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "amradio", "models"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0
     assert "c-radio_v4-h" in done.stdout

@@ -73,10 +73,7 @@ def test_lossless_formats_return_the_pixels(kind):
 @pytest.mark.parametrize("kind", ["JPEG", "AVIF", "GIF", "MPO"])
 def test_lossy_formats_come_close(kind):
     a = np.full((16, 24, 3), (200, 100, 50), np.uint8)
-    if kind == "MPO":
-        options = {"save_all": True, "append_images": [Image.new("RGB", (24, 16))]}
-    else:
-        options = {}
+    options = {"save_all": True, "append_images": [Image.new("RGB", (24, 16))]} if kind == "MPO" else {}
     assert np.abs(pixels(encoded(Image.fromarray(a), kind, **options)).astype(int) - a).max() <= 8
 
 
@@ -171,7 +168,9 @@ def test_16_bit_tiff_with_white_as_zero_and_with_12_bits():
 
 @pytest.mark.parametrize(("mode", "what"), [("F", "32-bit float"), ("I", "signed or 32-bit integer")])
 def test_samples_without_a_white_level_are_refused(mode, what):
-    with pytest.raises(ImageError, match=f"its samples are {what}, which have no known white level; convert it to 8 or"):
+    with pytest.raises(
+        ImageError, match=f"its samples are {what}, which have no known white level; convert it to 8 or"
+    ):
         decode(encoded(Image.new(mode, (4, 4)), "TIFF"))
 
 
@@ -297,7 +296,10 @@ def test_pillow_globals_are_left_alone():
     ("data", "reason"),
     [
         (b"", r"the file is empty \(0 bytes\)\."),
-        (b"hello, I am a text\n", r"it is text, not a picture \(it begins with 'hello, I am a te'\); formats read: JPEG, PNG"),
+        (
+            b"hello, I am a text\n",
+            r"it is text, not a picture \(it begins with 'hello, I am a te'\); formats read: JPEG, PNG",
+        ),
         ("größer als gedacht und länger".encode(), r"it is text, not a picture \(it begins with 'größer als gedac'\)"),
         (b"%PDF-1.7 ...", r"it is a PDF document; formats read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", r"it is a PostScript file;"),
@@ -328,7 +330,7 @@ def test_a_header_bomb_is_refused_before_decoding(tmp_path):
     path.write_bytes(png(60_000, 60_000, 8, 2, b""))
     with pytest.raises(
         ImageError,
-        match=r"bomb\.png: its header says 60000 x 60000 = 3,600,000,000 pixels, more than the budget of 178,956,970 \(raise",
+        match=r"bomb\.png: its header says 60000 x 60000 = 3,600,000,000 pixels, more than the budget of 178,956,970 ",
     ):
         decode(path)
 

@@ -91,6 +91,16 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing in this environment asked for offline mode (nothing is fetched all the same)."""
+    import huggingface_hub
+
+    for name in ("AMRADIO_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
 def hub_cache(tmp_path: Path) -> Callable[..., Path]:
     """Lay a directory's files into a Hugging Face cache, as a download would have left them."""
 

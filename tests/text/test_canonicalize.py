@@ -19,7 +19,7 @@ from amradio.text import canonicalize
         ("a_b__c", "a b c"),
         ("¿Dónde está? 50%", "¿dónde está 50"),
         ("ÄÖÜ ΑΒΓ", "äöü αβγ"),
-        ("don’t “quote”", "don’t “quote”"),  # only ASCII punctuation goes
+        ("«voilà»…", "«voilà»…"),  # only ASCII punctuation goes
         ("!?.,", ""),
         ("", ""),
     ],

@@ -23,6 +23,7 @@ from amradio.errors import (
     MissingDependencyError,
     OfflineError,
     OptionError,
+    UnsafeCheckpointError,
 )
 from amradio.text import TextTower, load_text_tower
 
@@ -112,7 +113,10 @@ def test_only_text_weights_are_kept(kind: str, saved_models: dict[str, Path], ca
 
 
 def test_logit_scale_and_bias(saved_models: dict[str, Path]) -> None:
-    assert (load("clip", saved_models["clip"]).logit_scale, load("clip", saved_models["clip"]).logit_bias) == (4.625, None)
+    assert (load("clip", saved_models["clip"]).logit_scale, load("clip", saved_models["clip"]).logit_bias) == (
+        4.625,
+        None,
+    )
     for kind in ("siglip", "siglip2"):
         tower = load(kind, saved_models[kind], dtype=torch.bfloat16)
         assert (tower.logit_scale, tower.logit_bias) == (4.625, -16.5)
@@ -208,14 +212,15 @@ def test_repository_with_a_pickle_only(
 
 
 def test_offline_error_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
+    repo = "google/siglip2-giant-opt-patch16-384"
     with pytest.raises(OfflineError) as caught:
         load_text_tower(
             {"type": "siglip2", "model": "siglip2-g-384"}, cache_dir=tmp_path / "empty", local_files_only=True
         )
     assert str(caught.value) == (
-        "There is no copy of the configuration of google/siglip2-giant-opt-patch16-384 in the cache "
-        f"({tmp_path / 'empty'}), and local_files_only=True. Fetch it once with a connection (`hf download google/siglip2-giant-opt-patch16-384`), or "
-        "give the path of a local directory instead."
+        f"There is no copy of the configuration of {repo} in the cache ({tmp_path / 'empty'}), and "
+        f"local_files_only=True. Fetch it once with a connection (`hf download {repo}`), or give the path of a local "
+        "directory instead."
     )
 
 
@@ -231,7 +236,7 @@ def test_offline_error_when_only_the_weights_are_missing(
 
 @pytest.mark.parametrize("texts", [[], ["a", 3], 5])
 def test_tokenizer_refuses_what_is_no_text(texts: Any, saved_models: dict[str, Path]) -> None:
-    with pytest.raises(OptionError, match="takes a str or a non-empty list of str, got"):
+    with pytest.raises(OptionError, match="takes a str or a non-empty sequence of str, got"):
         load("siglip", saved_models["siglip"]).tokenizer(texts)
 
 
@@ -248,7 +253,9 @@ def test_broken_directories(saved_models: dict[str, Path], tmp_path: Path) -> No
         load("clip", tmp_path)
 
     other = edited(saved_models["clip"], tmp_path / "bert", model_type="bert")
-    with pytest.raises(CapabilityError, match=r"is a model of type 'bert'; text towers are read from models of type clip,"):
+    with pytest.raises(
+        CapabilityError, match=r"is a model of type 'bert'; text towers are read from models of type clip,"
+    ):
         load("clip", other)
 
     image = edited(saved_models["clip"], tmp_path / "image")
@@ -259,7 +266,9 @@ def test_broken_directories(saved_models: dict[str, Path], tmp_path: Path) -> No
 
     tensors["text_projection.weight"] = torch.zeros(21, 32)
     save_file(tensors, image / "model.safetensors")
-    with pytest.raises(CheckpointShapeError, match="contradict its config"):
+    with pytest.raises(
+        CheckpointShapeError, match=r"text_projection.weight has shape \[21, 32\], and should have \[20, 32\]"
+    ):
         load("clip", image)
 
     (image / "model.safetensors").write_bytes(b"not weights")
@@ -268,12 +277,26 @@ def test_broken_directories(saved_models: dict[str, Path], tmp_path: Path) -> No
     (image / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         load("clip", image)
+    torch.save({**tensors, "x": Path("/")}, image / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpointError, match="nothing of them was executed"):
+        load("clip", image)
+    (image / "pytorch_model.bin").unlink()
 
     save_file(tensors, image / "model.safetensors")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (image / name).unlink()
-    with pytest.raises(LayoutError, match="has no tokenizer that transformers can read"):
+    (image / "tokenizer.json").write_text("{")
+    with pytest.raises(LayoutError, match="transformers cannot read the tokenizer in"):
         load("clip", image)
+    (image / "tokenizer.json").unlink()
+    with pytest.raises(LayoutError, match=r"has no tokenizer: none of the files tokenizer\.json, vocab\.json, spiece"):
+        load("clip", image)
+
+
+def test_missing_sentencepiece(saved_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = edited(saved_models["siglip"], tmp_path / "pieces")
+    (place / "tokenizer.json").rename(place / "spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"the package sentencepiece is not installed\. Install it with"):
+        load("siglip", place)
 
 
 def test_missing_transformers(saved_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +306,7 @@ def test_missing_transformers(saved_models: dict[str, Path], monkeypatch: pytest
 
 
 def test_code_of_a_repository_is_never_run(saved_models: dict[str, Path], tmp_path: Path) -> None:
-    place = edited(
-        saved_models["clip"], tmp_path / "code", model_type="own", auto_map={"AutoConfig": "evil.Config"}
-    )
+    place = edited(saved_models["clip"], tmp_path / "code", model_type="own", auto_map={"AutoConfig": "evil.Config"})
     (place / "evil.py").write_text("open(__file__ + '.ran', 'w')\nclass Config: ...\n")
     with pytest.raises(CapabilityError, match="is a model of a type that transformers does not know"):
         load("clip", place)

@@ -373,7 +373,9 @@ def test_rewritten_history_with_the_same_content_is_fine(server, root):
     first.path.resolve().unlink()
     del server.commits[REPO, C1]
     server.put({FILE: BODY}, commit=C2)
-    assert fetch_url(URL, cache_dir=root, progress=False).sha256 == first.sha256
+    again = fetch_url(URL, cache_dir=root, progress=False)
+    assert (again.sha256, again.revision) == (first.sha256, C2)
+    assert fetch_url(URL, cache_dir=root, local_files_only=True).path == again.path
 
 
 def test_small_file_changed_upstream_is_found_by_our_own_digest(server, root):
@@ -428,9 +430,10 @@ def test_complete_part_needs_no_further_request(server, root, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
-        fetch_url(URL, cache_dir=root, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_url(URL, cache_dir=root, progress=False)
     bodies = len(server.bodies())
     assert fetch_url(URL, cache_dir=root, progress=False).path.read_bytes() == BODY
     assert len(server.bodies()) == bodies
@@ -449,6 +452,61 @@ def test_server_without_ranges_starts_over(server, root):
     server.ranges, server.cuts = False, [1000]
     assert fetch_url(URL, cache_dir=root, progress=False).path.read_bytes() == BODY
     assert len(server.bodies()) == 2
+
+
+@pytest.fixture
+def half_a_file(server, root, plain, monkeypatch):
+    """A partial file from an earlier run, of an address outside the hub."""
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "ATTEMPTS", 1)
+        server.cuts = [1000]
+        with pytest.raises(DownloadError):
+            fetch_url(plain, cache_dir=root, progress=False)
+    return parts(root)[0]
+
+
+def test_part_longer_than_the_content_is_thrown_away(server, root, plain, half_a_file):
+    half_a_file.write_bytes(b"?" * (len(BODY) + 1))  # the server answers 416
+    assert fetch_url(plain, cache_dir=root, progress=False).path.read_bytes() == BODY
+    assert [r[3].get("range") for r in server.bodies()] == [None, f"bytes={len(BODY) + 1}-", None]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Content-Range": "bytes 0-9/10"}, {"Content-Range": "bytes 1000-9/10", "Content-Encoding": "gzip"}, {}]
+)
+def test_another_range_than_asked_for_is_not_appended(server, root, plain, half_a_file, headers):
+    server.statuses = [("cdn", "GET", 206, headers)]
+    assert fetch_url(plain, cache_dir=root, progress=False).path.read_bytes() == BODY
+
+
+def test_size_that_is_not_the_announced_one(server, root):
+    server.statuses = [("cdn", "GET", 200, {"Content-Length": "0"})]
+    with pytest.raises(DownloadError, match=f"should have {len(BODY)} bytes, but the server sends 0"):
+        fetch_url(URL, cache_dir=root, progress=False)
+
+
+def test_redirect_from_https_to_http_is_refused(server, tmp_path, monkeypatch):
+    server.plain["/a.bin"] = (BODY, None)
+    real = huggingface_hub.utils.get_session()
+
+    class Downgraded:  # a TLS server is more than this needs: what counts is where the answer came from
+        def stream(self, method, url, **kwargs):
+            return real.stream(method, url.replace("https://", "http://"), **kwargs)
+
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Downgraded)
+    url = server.address("cdn").replace("http://", "https://") + "/a.bin"
+    with pytest.raises(DownloadError, match="redirects from https to unencrypted http; refused"):
+        fetch_url(url, cache_dir=tmp_path, progress=False)
+
+
+def test_other_write_errors(server, root, monkeypatch):
+    class BadDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(transfer, "_open_at", lambda part, start: BadDisk(part, "wb"))
+    with pytest.raises(DownloadError, match=r"\.part cannot be written: Input/output error\."):
+        fetch_url(URL, cache_dir=root, progress=False)
 
 
 @settings(max_examples=30)

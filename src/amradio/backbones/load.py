@@ -91,14 +91,14 @@ def load(
     """Load a RADIO model in evaluation mode.
 
     Args:
-        version_or_path: A version key such as ``c-radio_v4-h``, a Hugging Face repository, a URL, or a file or directory in any
-            layout that amradio reads. The empty string is the default version.
+        version_or_path: A version key such as ``c-radio_v4-h``, a Hugging Face repository, a URL, or a file or
+            directory in any layout that amradio reads. The empty string is the default version.
         adaptors: Names of the adaptors (teachers) to load besides the backbone.
         vitdet_window_size: Side in patches of ViTDet attention windows; None for global attention.
         device: Where to put the model.
         dtype: What to cast it to; default as published.
-        position_interpolation: How the position grid is resized: ``half_pixel``, ``align_corners``, ``published`` (as when the
-            published weights were evaluated) or ``torch_hub`` (as the official code does today, the default).
+        position_interpolation: How the position grid is resized: ``half_pixel``, ``align_corners``, ``published`` (as
+            when the published weights were evaluated) or ``torch_hub`` (as the official code does today, the default).
         strict: Whether a missing or unexpected tensor is an error; otherwise a warning names it.
         patch_size: Describes a checkpoint given by path: patch size in pixels.
         max_resolution: Describes a checkpoint given by path: largest recommended side in pixels.
@@ -106,7 +106,8 @@ def load(
         vitdet_num_windowed: Describes a checkpoint given by path: windowed blocks between two global ones.
         vitdet_num_global: Describes a checkpoint given by path: number of global blocks.
         supports_vitdet: Describes a checkpoint given by path: whether windows may be switched on.
-        compat: ``"official"`` reproduces numbers that the official code gets wrong; see the compatibility page of the docs.
+        compat: ``"official"`` reproduces numbers that the official code gets wrong; see the compatibility page of the
+            docs.
         token: Hugging Face access token; None uses the one that is logged in.
         revision: Branch, tag or commit of a Hugging Face repository.
         cache_dir: Where downloads are kept.
@@ -177,7 +178,9 @@ def load_with_report(
     """
     entry = find_entry(name)
     if entry is not None:
-        _check_vitdet(vitdet_window_size, overrides.given().get("supports_vitdet", entry.supports_vitdet), entry.version)
+        _check_vitdet(
+            vitdet_window_size, overrides.given().get("supports_vitdet", entry.supports_vitdet), entry.version
+        )
     located = locate(name, with_adaptors=bool(adaptors), hub=hub)
     checkpoint = read_checkpoint(located.path)
     config = configured(checkpoint.config, located.entry, overrides, position_interpolation)
@@ -227,7 +230,8 @@ def configured(
     if interpolation in ("published", "torch_hub"):
         if entry is None:
             raise OptionError(
-                f"position_interpolation={interpolation!r} needs a model loaded by its published name; for a file choose "
+                f"position_interpolation={interpolation!r} needs a model loaded by its published name; for a file "
+                f"choose "
                 f"'half_pixel' or 'align_corners'."
             )
         published = interpolation == "published"
@@ -245,7 +249,8 @@ def configured(
 def _check_vitdet(window_size: int | None, supported: bool, name: str) -> None:
     if window_size is not None and not supported:
         raise OptionError(
-            f"vitdet_window_size is not supported for {name}: its weights were not trained with windows. Set it to None, or "
+            f"vitdet_window_size is not supported for {name}: its weights were not trained with windows. Set it to "
+            f"None, or "
             f"use a version that supports it; `amradio models` shows which."
         )
 
@@ -288,7 +293,8 @@ def _say_licence(entry: CatalogEntry) -> None:
         return
     _licence_said.add(entry.version)
     warnings.warn(
-        f"The weights of {entry.version} are under the {entry.license.name}: research or evaluation only, no commercial use. "
+        f"The weights of {entry.version} are under the {entry.license.name}: research or evaluation only, no "
+        f"commercial use. "
         f"The c-radio models allow commercial use.",
         NonCommercialWarning,
         stacklevel=5,
@@ -301,7 +307,8 @@ def _placed(model: RadioModel, device: torch.device | str | None, dtype: torch.d
     if device is not None and wanted == torch.bfloat16 and not _has_bfloat16(torch.device(device)):
         dtype = torch.float32
         warnings.warn(
-            f"{torch.device(device)} has no bfloat16 hardware (it needs an Ampere GPU or newer), so the model runs in float32. "
+            f"{torch.device(device)} has no bfloat16 hardware (it needs an Ampere GPU or newer), so the model runs in "
+            f"float32. "
             f"Pass dtype=torch.float16 for speed if its activations fit that range.",
             PortabilityWarning,
             stacklevel=3,

@@ -74,8 +74,8 @@ def find_entry(name: str) -> CatalogEntry | None:
 def locate(name: str, *, with_adaptors: bool = False, hub: HubOptions | None = None) -> Located:
     """Find a checkpoint, downloading it if needed.
 
-    A local path wins over a name. A version key means the file that the official code loads; a repository name means the
-    repository's safetensors, unless adaptors are asked for: the repositories of published models do not hold any.
+    A local path wins over a name. A version key means the file that the official code loads; a repository name means
+    the repository's safetensors, unless adaptors are asked for: the repositories of published models do not hold any.
 
     Args:
         name: Version key, Hugging Face repository, URL or path; the empty string is the default version.

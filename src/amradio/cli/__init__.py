@@ -1,6 +1,7 @@
 """The command line: one dataclass a command. Commands parse, call and print; they hold no logic of their own.
 
-Exit codes: 0 success, 1 the command failed, 2 wrong usage, 3 done, but some pictures could not be processed, 130 interrupted.
+Exit codes: 0 success, 1 the command failed, 2 wrong usage, 3 done, but some pictures could not be processed, 130
+interrupted.
 """
 
 from __future__ import annotations

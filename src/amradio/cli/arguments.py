@@ -1,7 +1,7 @@
 """Option types, and an order of words in which no option can swallow a path.
 
-``--resolution 378 378 photo.jpg``, ``photo.jpg --resolution 378`` and ``--resolution 378 -o out photo.jpg`` all mean what they
-look like: `normalise` knows how many values each option takes, and moves positional words to the end.
+``--resolution 378 378 photo.jpg``, ``photo.jpg --resolution 378`` and ``--resolution 378 -o out photo.jpg`` all mean
+what they look like: `normalise` knows how many values each option takes, and moves positional words to the end.
 """
 
 from __future__ import annotations

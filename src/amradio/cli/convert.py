@@ -21,8 +21,8 @@ class Convert:
     target: tyro.conf.Positional[Path]
     """File or directory to write."""
     to: Layout = "native"
-    """native: one safetensors file with its description; official: .pth.tar; huggingface: directory for the official remote code;
-    transformers: directory for the RadioModel of transformers; timm: safetensors for timm."""
+    """native: one safetensors file with its description; official: .pth.tar; huggingface: directory in the official
+    format; transformers: directory for the RadioModel of transformers; timm: safetensors for timm."""
     backbone_only: bool = False
     """Leave out what the layout cannot hold (adaptors, normalizers) instead of refusing."""
     overwrite: bool = False

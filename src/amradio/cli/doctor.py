@@ -19,7 +19,15 @@ from amradio.cli.text import size_of
 _REQUIRED = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub", "filelock", "tqdm", "tyro", "pyarrow")
 _OPTIONAL = {"transformers": "hf", "open_clip": "text", "timm": "timm", "torchvision": "timm"}
 _DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "huggingface_hub": "huggingface-hub"}
-_VARIABLES = ("AMRADIO_CACHE", "AMRADIO_OFFLINE", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "AMRADIO_CACHE",
+    "AMRADIO_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HTTPS_PROXY",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ import tyro
 from amradio.cli.arguments import Size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from PIL.Image import Image
 
@@ -26,8 +27,8 @@ _SHOWN_FAILURES = 10
 class Features:
     """Compute a summary and a feature map for each picture and write them to a folder.
 
-    The folder gets features/ID.safetensors (or .npz) for each picture and index.parquet with path, status and sizes. A broken
-    picture is reported and skipped; the exit code is then 3.
+    The folder gets features/ID.safetensors (or .npz) for each picture and index.parquet with path, status and sizes.
+    A broken picture is reported and skipped; the exit code is then 3.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -39,8 +40,8 @@ class Features:
     adaptors: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-a"])] = ()
     """Adaptor to run besides the backbone. Repeat the option, or separate names by commas."""
     resolution: Size = ()
-    """One number: shortest side, aspect kept. Two: scaled to cover height and width, centre cut out. None: the picture's own
-    size. Sides are rounded to what the model supports."""
+    """One number: shortest side, aspect kept. Two: scaled to cover height and width, centre cut out. None: the
+    picture's own size. Sides are rounded to what the model supports."""
     mode: Literal["auto", "shortest", "longest", "crop", "exact", "nearest"] = "auto"
     """How the resolution is meant; auto as said there."""
     vitdet_window_size: int | None = None
@@ -90,7 +91,10 @@ class Features:
             self.resolution, None if self.mode == "auto" else self.mode, model.min_resolution_step
         )
         options = ExtractOptions(
-            batch_size=self.batch_size, workers=self.workers, device=_device(self.device), autocast=_dtype(self.autocast)
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=_device(self.device),
+            autocast=_dtype(self.autocast),
         )
         store = _dtype(self.store)
         assert store is not None  # both choices are dtypes
@@ -148,13 +152,17 @@ def _device(name: str) -> Any:
     from amradio.errors import OptionError
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as e:
         raise OptionError(f"--device {name!r} is no device: {str(e).splitlines()[0]}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {name!r}: this torch ({torch.__version__}) sees no GPU. `amradio doctor` shows the devices.")
+        raise OptionError(
+            f"--device {name!r}: this torch ({torch.__version__}) sees no GPU. `amradio doctor` shows the devices."
+        )
     return device
 
 
@@ -181,19 +189,13 @@ def _drawer(of: str, skip: int) -> Callable[[FeatureRecord], Image]:
     return draw
 
 
-class _progress:  # noqa: N801  # used like a function
-    """A progress bar on standard error, or nothing."""
+@contextmanager
+def _progress(total: int, enabled: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar on standard error, or nothing; yields what advances it by one."""
+    from tqdm import tqdm
 
-    def __init__(self, total: int, enabled: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, unit="image", desc="features", disable=not enabled, file=sys.stderr)
-
-    def __enter__(self) -> Callable[[], object]:
-        return self.bar.update
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    with tqdm(total=total, unit="image", desc="features", disable=not enabled, file=sys.stderr) as bar:
+        yield bar.update
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -203,7 +205,8 @@ def _print(result: dict[str, Any]) -> None:
     if more > 0:
         print(f"failed: {more} more, all in the index", file=sys.stderr)
     print(
-        f"{result['ok']} of {result['images']} pictures in {result['wall_s']:.1f} s ({result['images_per_s']:.1f} images/s), "
+        f"{result['ok']} of {result['images']} pictures in {result['wall_s']:.1f} s ({result['images_per_s']:.1f} "
+        f"images/s), "
         f"{result['policy']}; slowest stage: {result['bottleneck']}"
     )
     print(f"features, index.parquet and pictures are in {result['folder']}")

@@ -24,10 +24,7 @@ class Info:
         from amradio.backbones.locate import find_entry, locate
 
         entry = find_entry(self.name)
-        if entry is not None:
-            record = _of_entry(entry)
-        else:
-            record = _of_file(locate(self.name).path)
+        record = _of_file(locate(self.name).path) if entry is None else _of_entry(entry)
         if self.json:
             print(json.dumps(record, indent=2))
             return 0

@@ -14,6 +14,8 @@ What is decided here:
 * 16-bit samples keep their high byte, so that the full range maps to 0..255. Samples without a known white level
   (float, 32-bit integer) are refused.
 * JPEG stores CMYK inverted when Adobe's marker is there, and plain otherwise; both come out right.
+* A file that ends early is refused. One that was cut and then closed properly (a JPEG repaired with an end marker) looks
+  whole to every decoder.
 * Animations and multi-page files give their first frame. Embedded colour profiles are not applied, as in the
   preprocessing of every published backbone.
 """

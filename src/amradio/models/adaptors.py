@@ -43,9 +43,7 @@ class MlpV2(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         hidden = config.hidden_dim
-        self.pre_norm = (
-            nn.Sequential(nn.LayerNorm(config.input_dim), nn.GELU()) if config.pre_norm else nn.Identity()
-        )
+        self.pre_norm = nn.Sequential(nn.LayerNorm(config.input_dim), nn.GELU()) if config.pre_norm else nn.Identity()
         self.fc1 = nn.Linear(config.input_dim, hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden)) for _ in range(config.num_inner)

@@ -55,7 +55,8 @@ def vit_arguments(name: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         model_kwargs: The official ``args.model_kwargs``.
 
     Returns:
-        Arguments in timm's terms: ``embed_dim``, ``depth``, ``num_heads``, ``patch_size``, ``mlp_ratio``, ``img_size`` and so on.
+        Arguments in timm's terms: ``embed_dim``, ``depth``, ``num_heads``, ``patch_size``, ``mlp_ratio``, ``img_size``
+        and so on.
 
     Raises:
         ConfigError: The name is unknown, or an override is not understood.
@@ -63,10 +64,24 @@ def vit_arguments(name: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     table = {**VIT_ARCHITECTURES, **DINO_STUDENTS}
     if name not in table:
         if name.startswith(RESEARCH_ONLY):
-            raise ConfigError(f"The architecture {name!r} is research code without released weights; it is not supported.")
+            raise ConfigError(
+                f"The architecture {name!r} is research code without released weights; it is not supported."
+            )
         raise ConfigError(f"Unknown architecture {name!r}. {nearest_names(name, table)}")
-    known = {"img_size": 224, "mlp_ratio": 4.0, "init_values": None, "reg_tokens": 0, "class_token": True}
-    known |= {"no_embed_class": False, "global_pool": "token", "scaled_ln": False, "qkv_bias": True, "norm": "layernorm"}
+    known: dict[str, Any] = {
+        "img_size": 224,
+        "mlp_ratio": 4.0,
+        "init_values": None,
+        "reg_tokens": 0,
+        "class_token": True,
+    }
+    known |= {
+        "no_embed_class": False,
+        "global_pool": "token",
+        "scaled_ln": False,
+        "qkv_bias": True,
+        "norm": "layernorm",
+    }
     known |= {"mlp_norm": False, "mlp": "gelu"}
     arguments = {**known, **table[name]}
     overrides = {k: v for k, v in model_kwargs.items() if k not in ("weight_init", "num_classes")}

@@ -45,8 +45,8 @@ class ViTConfig:
         layer_scale: Initial value of the per-channel branch scale, None for none.
         final_norm: Whether a layer norm (eps 1e-6) follows the last block.
         position: ``cpe`` crops the position grid after resizing it to a square; ``window`` crops without resizing
-            where the grid is large enough (CPE set up for the size that the model was built for); ``fixed`` accepts only
-            images of the grid's own size.
+            where the grid is large enough (CPE set up for the size that the model was built for); ``fixed`` accepts
+            only images of the grid's own size.
         position_grid: Rows and columns of the stored position grid.
         position_of_prefix: Whether the prefix tokens have rows in the position embedding too (plain ViT).
         num_cls_tokens: Class tokens, one a distinct teacher in RADIO.
@@ -121,7 +121,7 @@ class ERadioConfig:
     in_dim: int = 64
     depths: tuple[int, ...] = (3, 3, 5, 5)
     num_heads: tuple[int, ...] = (2, 4, 8, 16)
-    window_size: tuple[None | int | tuple[int, ...], ...] = (None, None, (16, 16), 16)
+    window_size: tuple[int | tuple[int, ...] | None, ...] = (None, None, (16, 16), 16)
     sr_ratio: tuple[int | tuple[int, ...], ...] = (1, 1, (2, 1), 1)
     mlp_ratio: float = 4.0
     full_features_head_dim: int = 1536
@@ -151,8 +151,8 @@ class HeadConfig:
     """One adaptor head.
 
     Attributes:
-        version: ``v1`` (fc, LN, ReLU, fc), ``v2`` (residual pre-norm GELU blocks) or ``attn`` (two transformer blocks, then
-            a v2 without inner blocks).
+        version: ``v1`` (fc, LN, ReLU, fc), ``v2`` (residual pre-norm GELU blocks) or ``attn`` (two transformer blocks,
+            then a v2 without inner blocks).
         input_dim: Width of what comes in.
         hidden_dim: Width inside.
         output_dim: Rows of the last layer; for spatial heads that upsample, all ``upsample_factor**2`` sub-positions.

@@ -27,7 +27,8 @@ class IntermediatesOptions:
     """The options of `RadioModel.forward_intermediates`, see there.
 
     Attributes:
-        official: Reproduce the official code: indices become a sorted set, and the final output is normed only if `norm`.
+        official: Reproduce the official code: indices become a sorted set, and the final output is normed only if
+            `norm`.
     """
 
     indices: int | Sequence[int] | None

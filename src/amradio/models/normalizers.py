@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class InputConditioner(nn.Module):
         return conditioned * self.norm_std + self.norm_mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputConditioner:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype != torch.float32:
                 self._buffers[name] = self._buffers[name].float()  # type: ignore[union-attr]

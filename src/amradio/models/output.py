@@ -25,8 +25,9 @@ class RadioOutput(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> RadioOutput:
         """Move or cast both tensors, with the arguments of `torch.Tensor.to`. A member that is None stays None."""
-        moved = (None if t is None else t.to(*args, **kwargs) for t in self)
-        return RadioOutput(*moved)  # type: ignore[arg-type]
+        members: tuple[Tensor | None, ...] = self
+        moved: list[Any] = [None if t is None else t.to(*args, **kwargs) for t in members]
+        return RadioOutput(*moved)
 
 
 def check_feature_fmt(feature_fmt: str, name: str = "feature_fmt", known: tuple[str, ...] = FEATURE_FORMATS) -> None:
@@ -57,5 +58,5 @@ def arrange(features: Tensor, grid: tuple[int, int], feature_fmt: str) -> Tensor
     """
     if feature_fmt == "NLC":
         return features
-    maps = features.unflatten(1, grid)  # [B, h, w, D]
+    maps: Tensor = features.unflatten(1, grid)  # [B, h, w, D]
     return maps if feature_fmt == "NHWC" else maps.permute(0, 3, 1, 2)  # [B, D, h, w]

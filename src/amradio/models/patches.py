@@ -77,7 +77,7 @@ class PositionCache:
 
 def caching_is_safe() -> bool:
     """Whether results may be kept between calls: not while gradients are on, nor while compiling or exporting."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class PrefixTokens(nn.Module):
@@ -136,7 +136,7 @@ class PatchGenerator(nn.Module):
         x = self.embed_patches(images)  # [B, h*w, C]
         x = x + self.positions(x.shape[0], grid)
         if self.cls_token is not None:
-            prefix = self.cls_token.token
+            prefix: Tensor = self.cls_token.token
             if self.config.position_of_prefix:
                 prefix = prefix + self.pos_embed[0, : prefix.shape[0]]
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, prefix + h*w, C]
@@ -236,7 +236,7 @@ class PatchGenerator(nn.Module):
     def _position_map(self) -> Tensor:
         """The stored grid as a float32 map [1, C, rows, cols]."""
         skip = self.config.num_prefix_tokens if self.config.position_of_prefix else 0
-        grid = self.pos_embed[:, skip:].unflatten(1, self.config.position_grid)  # [1, rows, cols, C]
+        grid: Tensor = self.pos_embed[:, skip:].unflatten(1, self.config.position_grid)  # [1, rows, cols, C]
         return grid.permute(0, 3, 1, 2).float()
 
     def _resized(self, grid: tuple[int, int]) -> Tensor:
@@ -270,4 +270,5 @@ class PatchGenerator(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchGenerator:
         self._cache.clear()
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

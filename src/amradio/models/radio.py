@@ -148,8 +148,8 @@ class RadioModel(nn.Module):
             feature_fmt: ``NLC``: features [B, L, D]; ``NCHW``: [B, D, h, w]; ``NHWC``: [B, h, w, D].
 
         Returns:
-            A `RadioOutput` in the model's dtype. With adaptors a dict of them: ``backbone`` and one for each adaptor, the
-            latter in float32.
+            A `RadioOutput` in the model's dtype. With adaptors a dict of them: ``backbone`` and one for each adaptor,
+            the latter in float32.
 
         Raises:
             OptionError: `feature_fmt` is unknown.
@@ -179,20 +179,22 @@ class RadioModel(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            indices: n for the last n blocks, a sequence of block indices (negative ones count from the end), or None for
-                all blocks. The order of the results is the order asked for.
+            indices: n for the last n blocks, a sequence of block indices (negative ones count from the end), or None
+                for all blocks. The order of the results is the order asked for.
             return_prefix_tokens: Return a `RadioOutput` for each block, whose summary is made of its class tokens.
             norm: Apply the trunk's final norm to the intermediates.
             stop_early: Do not run blocks after the last one asked for; the final output is then that block's.
             output_fmt: ``NCHW`` or ``NLC``.
             intermediates_only: Leave the final output out.
-            aggregation: ``sparse``: each block's own features; ``dense``: the mean over all blocks since the previous index.
+            aggregation: ``sparse``: each block's own features; ``dense``: the mean over all blocks since the previous
+                index.
             norm_alpha_scheme: How the stored statistics, if any, scale features: ``none`` leaves features as they are;
                 ``pre-alpha`` scales each block before a dense mean, ``post-alpha`` scales the mean.
 
         Returns:
-            ``(final, intermediates)``, or only ``intermediates``. ``final`` is what `forward` returns. Each intermediate is
-            [B, D, h, w] (``NCHW``) or [B, L, D] (``NLC``). E-RADIO gives one map a stage, each at its own stride.
+            ``(final, intermediates)``, or only ``intermediates``. ``final`` is what `forward` returns. Each
+            intermediate is [B, D, h, w] (``NCHW``) or [B, L, D] (``NLC``). E-RADIO gives one map a stage, each at its
+            own stride.
 
         Raises:
             OptionError: An option or index is not valid.
@@ -257,7 +259,9 @@ class RadioModel(nn.Module):
         """The trunk's parameter dtype."""
         return next(self.model.parameters()).dtype
 
-    def _output_of_tokens(self, tokens: Tokens, images: Tensor, feature_fmt: str) -> Any:
+    def _output_of_tokens(
+        self, tokens: Tokens, images: Tensor, feature_fmt: str
+    ) -> RadioOutput | dict[str, RadioOutput]:
         assert isinstance(self.model, VisionTransformer)
         prefix, patches = tokens
         if self.model.config.pool == "avg":
@@ -271,10 +275,13 @@ class RadioModel(nn.Module):
         """The class tokens of `summary_idxs` side by side: [B, k*C]."""
         return torch.cat([prefix[:, i] for i in self._summary_idxs], dim=-1)
 
-    def _output(self, summary: Tensor, for_adaptors: Tensor, patches: Tensor, images: Tensor, feature_fmt: str) -> Any:
+    def _output(
+        self, summary: Tensor, for_adaptors: Tensor, patches: Tensor, images: Tensor, feature_fmt: str
+    ) -> RadioOutput | dict[str, RadioOutput]:
         """Finish: normalise, run adaptors, arrange.
 
-        `for_adaptors` is one summary [B, C] for all adaptors, or the prefix tokens [B, P, C] of which each takes its own.
+        `for_adaptors` is one summary [B, C] for all adaptors, or the prefix tokens [B, P, C] of which each takes its
+        own.
         """
         patches = self.feature_normalizer(patches)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)

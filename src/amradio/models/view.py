@@ -40,7 +40,7 @@ class RadioView(nn.Module):
     def forward(self, images: Tensor, feature_fmt: str = "NLC") -> RadioOutput:
         """Compute this view's summary and features; see `RadioModel.forward`."""
         output = self.radio(images, feature_fmt)
-        return output if isinstance(output, RadioOutput) else output[self.name]  # type: ignore[no-any-return]
+        return output if isinstance(output, RadioOutput) else output[self.name]
 
     @property
     def patch_size(self) -> int:

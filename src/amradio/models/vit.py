@@ -1,6 +1,7 @@
 """The vision transformer trunk of RADIO: pre-norm blocks over [prefix, patches], optionally with ViTDet windows.
 
-Legend of shape comments: B batch, N tokens of one sequence, P prefix tokens, L patches, C width, H heads, W windows of an image.
+Legend of shape comments: B batch, N tokens of one sequence, P prefix tokens, L patches, C width, H heads, W windows of
+an image.
 """
 
 from __future__ import annotations
@@ -111,9 +112,7 @@ class Block(nn.Module):
         self.ls1 = None if config.layer_scale is None else LayerScale(c, config.layer_scale)
         self.norm2 = _norm(config)
         self.mlp = (
-            Mlp(c, config.mlp_hidden_dim, config.mlp_norm)
-            if config.mlp == "gelu"
-            else SwiGLU(c, config.mlp_hidden_dim)
+            Mlp(c, config.mlp_hidden_dim, config.mlp_norm) if config.mlp == "gelu" else SwiGLU(c, config.mlp_hidden_dim)
         )
         self.ls2 = None if config.layer_scale is None else LayerScale(c, config.layer_scale)
 
@@ -179,7 +178,9 @@ class VisionTransformer(nn.Module):
             shape = (1, config.unused_reg_tokens, config.embed_dim)
             self.reg_token = nn.Parameter(torch.zeros(shape), requires_grad=False)
 
-    def set_windows(self, window_size: int | None, num_windowed: int | None = None, num_global: int | None = None) -> None:
+    def set_windows(
+        self, window_size: int | None, num_windowed: int | None = None, num_global: int | None = None
+    ) -> None:
         """Switch ViTDet windows on or off.
 
         Args:
@@ -199,10 +200,7 @@ class VisionTransformer(nn.Module):
         Returns:
             The final tokens after the final norm.
         """
-        tokens = None
-        for _, tokens in self.run(images, ()):
-            pass
-        assert tokens is not None  # run() always yields the last block's
+        ((_, tokens),) = self.run(images, ())
         return self.finish(tokens)
 
     def finish(self, tokens: Tokens) -> Tokens:

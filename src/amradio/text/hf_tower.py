@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from amradio.errors import (
@@ -20,11 +24,13 @@ from amradio.errors import (
     LayoutError,
     MissingDependencyError,
     OptionError,
+    UnsafeCheckpointError,
 )
 from amradio.text.canonicalize import canonicalize
 from amradio.text.hub import HubOptions, fetch_description, fetch_first
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 _INSTALL = "Install it with `pip install 'amradio[text]'`."
 
 
@@ -78,9 +84,9 @@ class HFTokenizer:
         Raises:
             OptionError: There is no text, or something else than a text.
         """
-        batch = [texts] if isinstance(texts, str) else list(texts)
-        if not batch or not all(isinstance(t, str) for t in batch):
-            raise OptionError(f"The tokenizer takes a str or a non-empty list of str, got {texts!r:.100}.")
+        batch: Any = [texts] if isinstance(texts, str) else texts  # callers without a type checker pass anything
+        if not isinstance(batch, Sequence) or not batch or not all(isinstance(t, str) for t in batch):
+            raise OptionError(f"The tokenizer takes a str or a non-empty sequence of str, got {texts!r:.100}.")
         tokens = self.tokenizer(
             [canonicalize(t) for t in batch] if self.canonical else batch,
             padding="max_length",
@@ -214,8 +220,6 @@ def fetch_weights(repo: str, options: HubOptions) -> None:
     Raises:
         DownloadError: They cannot be fetched.
     """
-    import json
-
     path = fetch_first(repo, _WEIGHTS, options)
     if path.suffix == ".json":
         for shard in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
@@ -251,6 +255,10 @@ def _embed_dim(family: _Family, text_config: Any) -> int:
 
 
 def _load_tokenizer(transformers: Any, directory: Path) -> Any:
+    # transformers makes up a tokenizer without words where the files are missing, so they are looked for first.
+    vocabularies = [n for n in _VOCABULARIES if (directory / n).is_file()]
+    if not vocabularies:
+        raise LayoutError(f"{directory} has no tokenizer: none of the files {', '.join(_VOCABULARIES)} is there.")
     # Only the tokenizer: a processor would bring the image side, and with it torchvision.
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -260,8 +268,16 @@ def _load_tokenizer(transformers: Any, directory: Path) -> Any:
         raise MissingDependencyError(
             f"The tokenizer in {directory} needs a package that cannot be imported: {e}. {_INSTALL}"
         ) from e
-    except (OSError, ValueError, TypeError) as e:
-        raise LayoutError(f"{directory} has no tokenizer that transformers can read: {e}") from e
+    except Exception as e:  # the tokenizers package raises bare Exception for a broken file
+        if (
+            not {"tokenizer.json", "vocab.json"} & set(vocabularies)
+            and importlib.util.find_spec("sentencepiece") is None
+        ):
+            raise MissingDependencyError(
+                f"The tokenizer in {directory} is a SentencePiece model, and the package sentencepiece is not installed. "
+                f"{_INSTALL}"
+            ) from e
+        raise LayoutError(f"transformers cannot read the tokenizer in {directory}: {str(e):.300}") from e
     # Training padded on the right. transformers' own SigLIP2 class pads on the left unless the files say otherwise, and
     # the embedding is read at the last position.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -290,12 +306,25 @@ def _load_weights(
 
     try:
         model, info = TextHalf.from_pretrained(
-            str(directory), config=text_config, dtype="auto", local_files_only=True, output_loading_info=True
+            str(directory),
+            config=text_config,
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
         )
-    except RuntimeError as e:
-        raise CheckpointShapeError(f"The weights in {directory} contradict its config.json: {e}") from e
-    except OSError as e:
+    except pickle.UnpicklingError as e:
+        raise UnsafeCheckpointError(
+            f"The weights in {directory} are not a pickle of plain tensors, and nothing of them was executed: {e}"
+        ) from e
+    except (OSError, RuntimeError, SafetensorError) as e:
         raise CheckpointError(f"The weights in {directory} cannot be read: {e}") from e
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointShapeError(
+            f"The weights in {directory} contradict its config.json: {name} has shape {list(stored)}, and should have "
+            f"{list(expected)} ({len(info['mismatched_keys'])} tensors of a wrong shape)."
+        )
     missing = set(info["missing_keys"])
     absent = sorted(missing - set(logits))
     if absent:

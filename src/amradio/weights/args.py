@@ -1,7 +1,7 @@
 """The official training arguments ("args") and the model that they describe.
 
-Every checkpoint of NVIDIA's carries the arguments of its training run; they alone say what to build, since even files with
-the same version name differ. The rules are those of the official code, except where that contradicts itself.
+Every checkpoint of NVIDIA's carries the arguments of its training run; they alone say what to build, since even files
+with the same version name differ. The rules are those of the official code, except where that contradicts itself.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _eradio(name: str, model_kwargs: Mapping[str, Any]) -> ERadioConfig:
     given = {k: v for k, v in model_kwargs.items() if k not in _ERADIO_IGNORED}
     unknown = sorted(set(given) - fields)
     if unknown:
-        raise ConfigError(f"The checkpoint's model_kwargs for {name!r} have entries that amradio does not understand: {unknown}.")
+        raise ConfigError(
+            f"The checkpoint's model_kwargs for {name!r} have entries that amradio does not understand: {unknown}."
+        )
     published = {f: getattr(ERADIO_VARIANTS[name], f) for f in fields}
     return from_json(ERadioConfig, published | given, f"model_kwargs of {name}")
 
@@ -129,11 +131,13 @@ def _num_registers(args: Mapping[str, Any], num_cls: int) -> int:
     return int(multiple) - num_cls % int(multiple) if multiple else 0
 
 
-def summary_positions(args: Mapping[str, Any], backbone: ViTConfig | ERadioConfig, listed: bool = False) -> tuple[int, ...]:
+def summary_positions(
+    args: Mapping[str, Any], backbone: ViTConfig | ERadioConfig, listed: bool = False
+) -> tuple[int, ...]:
     """Prefix tokens that make up the backbone summary.
 
-    Class tokens exist for distinct teacher names. The official code numbers them by position in the teacher list instead, which
-    differs when a name occurs twice.
+    Class tokens exist for distinct teacher names. The official code numbers them by position in the teacher list
+    instead, which differs when a name occurs twice.
 
     Args:
         args: Official training arguments.
@@ -225,7 +229,9 @@ def head_of(shapes: Mapping[str, Sequence[int]], where: str, upsample_factor: in
         )
     version = "attn" if attention else "v1" if last.endswith("fc2.weight") else "v2"
     group = "inner" if version == "v1" else "blocks"
-    inner = {k.split(".")[1] for k in shapes if k.startswith(f"{group}.") and k.endswith(".weight") and len(shapes[k]) == 2}
+    inner = {
+        k.split(".")[1] for k in shapes if k.startswith(f"{group}.") and k.endswith(".weight") and len(shapes[k]) == 2
+    }
     hidden, width = shapes[f"{mlp}fc1.weight"]
     return HeadConfig(
         version=version,  # type: ignore[arg-type]
@@ -260,7 +266,8 @@ def adaptor_of(
     """
     teacher = next(t for t in args["teachers"] if t["name"] == name)
     heads = {
-        part: {k.split(".", 1)[1]: s for k, s in shapes.items() if k.startswith(f"{part}.")} for part in ("head_mlp", "feat_mlp")
+        part: {k.split(".", 1)[1]: s for k, s in shapes.items() if k.startswith(f"{part}.")}
+        for part in ("head_mlp", "feat_mlp")
     }
     return AdaptorConfig(
         head_idx=head_position(args, backbone, name),

@@ -44,8 +44,8 @@ class Checkpoint:
 
     Attributes:
         config: What to build.
-        tensors: Weights by the names of `RadioModel.state_dict` with all adaptors. Names that no part of the model knows are
-            kept, so that building can report them.
+        tensors: Weights by the names of `RadioModel.state_dict` with all adaptors. Names that no part of the model
+            knows are kept, so that building can report them.
         unused: Tensors that the source layout stores by design though no model reads them, by their names there.
         identity: Where it came from.
     """
@@ -71,7 +71,8 @@ class Checkpoint:
         tensors = {k: v for k, v in model.state_dict().items() if k != "summary_idxs"}
         if "input_conditioner.norm_mean" not in tensors:
             raise CheckpointError(
-                "The model's input conditioner was taken out by make_preprocessor_external(), so it cannot be saved whole. "
+                "The model's input conditioner was taken out by make_preprocessor_external(), so it cannot be saved "
+                "whole. "
                 "Assign it back to model.input_conditioner first."
             )
         identity = model.identity if isinstance(model.identity, Identity) else None
@@ -189,7 +190,8 @@ def _check_depth(checkpoint: Checkpoint) -> None:
     depth = sum(backbone.depths) if isinstance(backbone, ERadioConfig) else backbone.depth
     if depth > len(checkpoint.tensors):
         raise CheckpointShapeError(
-            f"{checkpoint.identity.source} describes a model of {depth} blocks but has only {len(checkpoint.tensors)} tensors; "
+            f"{checkpoint.identity.source} describes a model of {depth} blocks but has only {len(checkpoint.tensors)} "
+            f"tensors; "
             f"it is damaged or not what it says."
         )
 

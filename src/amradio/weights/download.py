@@ -263,7 +263,8 @@ class _Trusted:
             source=source, sha256=digest, digest_from="hub" if announced else "computed", size=stat.st_size,
             mtime_ns=stat.st_mtime_ns, commit=commit, etag=etag,
         )  # fmt: skip
-        record = dataclasses.replace(first, mtime_ns=stat.st_mtime_ns)
+        # The same content may be found under another commit, once history has been rewritten.
+        record = dataclasses.replace(first, mtime_ns=stat.st_mtime_ns, commit=commit or first.commit)
         if record != self.record:
             self.store.write(self.key, record)
         return FetchedFile(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amradio.errors import CheckpointError
 from amradio.models.architectures import DINO_STUDENTS
-from amradio.models.configs import InterNormalizerConfig, RadioConfig, ViTConfig
+from amradio.models.configs import InterNormalizerConfig, RadioConfig
 from amradio.weights.args import adaptor_of, backbone_of, summary_positions
 from amradio.weights.checkpoint import Checkpoint, Identity, jsonable, torch_dtype
-from amradio.weights.files import atomic_file
 from amradio.weights.pickles import load_pickle
 from amradio.weights.spectral import SpectralSettings, fold_parametrizations
 
@@ -24,7 +21,10 @@ NAME = "official"
 
 _TRUNK = "base_model."
 _SUMMARY, _SPATIAL = "_heads.", "_feature_projections."
-_NORMALIZERS = {"_feature_normalizer.": "feature_normalizer.", "_intermediate_feature_normalizer.": "inter_feature_normalizer."}
+_NORMALIZERS = {
+    "_feature_normalizer.": "feature_normalizer.",
+    "_intermediate_feature_normalizer.": "inter_feature_normalizer.",
+}
 _LAYER_SCALE = re.compile(r"^(blocks\.\d+\.ls[12])\.(?:gamma|grandma)$")
 
 
@@ -43,7 +43,9 @@ def read(path: Path) -> Checkpoint:
         ConfigError: The training arguments describe an unknown model.
     """
     payload = load_pickle(path)
-    if not (isinstance(payload, Mapping) and "args" in payload and ("state_dict" in payload or "state_dict_ema" in payload)):
+    if not (
+        isinstance(payload, Mapping) and "args" in payload and ("state_dict" in payload or "state_dict_ema" in payload)
+    ):
         found = sorted(map(str, payload))[:10] if isinstance(payload, Mapping) else type(payload).__name__
         raise CheckpointError(f"{path} is no RADIO checkpoint: it needs 'state_dict' and 'args', but holds {found}.")
     args: dict[str, Any] = jsonable(payload["args"])
@@ -132,7 +134,9 @@ def _translate(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[di
             else:
                 tensors[f"model.{name}"] = native_trunk_tensor(name, tensor)
             continue
-        renamed = next((new + key[len(old) :] for old, new in (heads | _NORMALIZERS).items() if key.startswith(old)), key)
+        renamed = next(
+            (new + key[len(old) :] for old, new in (heads | _NORMALIZERS).items() if key.startswith(old)), key
+        )
         if renamed == key and key.startswith((_SUMMARY, _SPATIAL)):
             unused[key] = tensor  # a head that no teacher record names
         else:
@@ -141,7 +145,7 @@ def _translate(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[di
 
 
 def _head_prefixes(args: Mapping[str, Any]) -> dict[str, str]:
-    """Official prefixes of adaptor tensors, by index and by name, with the native ones; a name's first teacher counts."""
+    """Official prefixes of adaptor tensors, by index and by name, to native ones; a name's first teacher counts."""
     prefixes = {}
     seen = set()
     for i, teacher in enumerate(args.get("teachers") or []):

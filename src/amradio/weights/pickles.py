@@ -57,12 +57,12 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
             f"{path} cannot be read: {_first_line(error)}. It is truncated, damaged or no torch checkpoint "
             f"({path.stat().st_size:,} bytes). Delete it and download it again."
         )
+    allowed = ", ".join(f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS)
     evidence = ", ".join(found) if found else _first_line(error)
     return UnsafeCheckpointError(
-        f"{path} is refused: its pickle refers to code that is not on the allow-list: {evidence}. "
-        f"Allowed are tensors, plain containers and {', '.join(f'{c.__module__}.{c.__qualname__}' for c in SAFE_GLOBALS)}. "
-        f"Nothing was executed, and there is no unsafe fallback. If you trust the file, convert it to safetensors in a "
-        f"separate, isolated environment; otherwise get the weights from their publisher."
+        f"{path} is refused: its pickle refers to code that is not on the allow-list: {evidence}. Allowed are tensors, "
+        f"plain containers and {allowed}. Nothing was executed, and there is no unsafe fallback. If you trust the file, "
+        f"convert it to safetensors in a separate, isolated environment; otherwise get the weights from their publisher."
     )
 
 
@@ -70,8 +70,10 @@ def _require_safe_torch() -> None:
     release = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
     if release < _MIN_TORCH:
         raise CheckpointError(
-            f"Reading pickled checkpoints needs torch >= {_MIN_TORCH[0]}.{_MIN_TORCH[1]}, this is {torch.__version__}: older "
-            f"versions can be made to execute code even by weights_only loading (CVE-2025-32434, CVE-2026-24747). Upgrade "
+            f"Reading pickled checkpoints needs torch >= {_MIN_TORCH[0]}.{_MIN_TORCH[1]}, this is "
+            f"{torch.__version__}: older "
+            f"versions can be made to execute code even by weights_only loading (CVE-2025-32434, CVE-2026-24747). "
+            f"Upgrade "
             f"torch, or load a safetensors file."
         )
 

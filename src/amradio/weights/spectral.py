@@ -1,7 +1,7 @@
 """Folding training-time weight parametrisations into plain weights.
 
-Spectral reparametrisation (Zhai et al., arXiv 2303.06296) stores a weight together with a learned norm and power iteration
-vectors; DAMP (arXiv 2402.17863) stores it under another name and adds noise in training only.
+Spectral reparametrisation (Zhai et al., arXiv 2303.06296) stores a weight together with a learned norm and power
+iteration vectors; DAMP (arXiv 2402.17863) stores it under another name and adds noise in training only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ORIGINAL = ".parametrizations.weight.original"
-_UNIT = re.compile(r"^(?P<layer>.+)\.parametrizations\.weight\.\d+\.(?:parts\.(?P<part>\d+)\.)?(?P<name>scale|_u|_v|_sn_version)$")
+_UNIT = re.compile(
+    r"^(?P<layer>.+)\.parametrizations\.weight\.\d+\.(?:parts\.(?P<part>\d+)\.)?(?P<name>scale|_u|_v|_sn_version)$"
+)
 _SOFTPLUS_OFFSET = 0.05
 
 
@@ -43,8 +45,9 @@ class SpectralSettings:
 def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSettings) -> dict[str, Tensor]:
     """Replace every parametrised weight by its effective value.
 
-    Layers are recognised by their own keys, so files in which only some layers are parametrised work, as do version 1 files
-    without version numbers. Folding starts from the stored vectors each time, so it gives the same result whenever it is done.
+    Layers are recognised by their own keys, so files in which only some layers are parametrised work, as do version 1
+    files without version numbers. Folding starts from the stored vectors each time, so it gives the same result
+    whenever it is done.
 
     Args:
         tensors: A state dict. Parametrised layers have ``X.parametrizations.weight.original`` and, unless the
@@ -71,7 +74,9 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSetti
             weight = torch.cat([_effective(w, parts[i], settings) for i, w in enumerate(rows)])
         folded[f"{layer}.weight"] = weight
     for layer, parts in units.items():  # vectors without a weight: left for the key accounting to report
-        folded |= {f"{layer}.parametrizations.weight.0.{i}.{n}": t for i, part in parts.items() for n, t in part.items()}
+        folded |= {
+            f"{layer}.parametrizations.weight.0.{i}.{n}": t for i, part in parts.items() for n, t in part.items()
+        }
     return folded
 
 
@@ -89,4 +94,5 @@ def _effective(weight: Tensor, unit: Mapping[str, Tensor], settings: SpectralSet
         sigma = u @ (weight @ v) + eps
     # Version 1 units have no version number and store the norm itself.
     norm = F.softplus(scale) + _SOFTPLUS_OFFSET if "_sn_version" in unit else scale
-    return weight * (norm / sigma)
+    effective: Tensor = weight * (norm / sigma)
+    return effective

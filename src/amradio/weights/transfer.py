@@ -274,7 +274,7 @@ def check_free_space(directory: Path, needed_bytes: int, name: str) -> None:
 
 
 def _receive(source: Source, response: Any, part: Path, start: int, total: int | None, progress: bool) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     with (
         _open_at(part, start) as file,
