@@ -13,7 +13,7 @@ from amradio.models.output import RadioOutput
 
 
 class FakeModel:
-    """Patches of 4 pixels; summary = mean colour, features = mean colour of each patch. No weights, so easy to check."""
+    """Patches of 4 pixels; the summary is the mean colour, the features are each patch's: easy to check."""
 
     patch = 4
 

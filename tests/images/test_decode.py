@@ -289,7 +289,7 @@ def test_other_code_that_allows_truncated_images_is_noticed(monkeypatch):
 def test_pillow_globals_are_left_alone():
     before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     decode(encoded(Image.new("RGB", (4, 4)), "PNG"))
-    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 @pytest.mark.parametrize(

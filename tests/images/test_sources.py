@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from amradio.errors import OptionError
 from amradio.images import decode, expand
-from amradio.images.sources import ImageFile, _ids, _Found, natural_key
+from amradio.images.sources import ImageFile, _Found, _ids, natural_key
 
 needs_links = pytest.mark.skipif(sys.platform == "win32", reason="links need privileges on Windows")
 

@@ -60,9 +60,10 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     allowed = ", ".join(f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS)
     evidence = ", ".join(found) if found else _first_line(error)
     return UnsafeCheckpointError(
-        f"{path} is refused: its pickle refers to code that is not on the allow-list: {evidence}. Allowed are tensors, "
-        f"plain containers and {allowed}. Nothing was executed, and there is no unsafe fallback. If you trust the file, "
-        f"convert it to safetensors in a separate, isolated environment; otherwise get the weights from their publisher."
+        f"{path} is refused: its pickle refers to code that is not on the allow-list: {evidence}. Allowed are "
+        f"tensors, plain containers and {allowed}. Nothing was executed, and there is no unsafe fallback. If you trust "
+        f"the file, convert it to safetensors in a separate, isolated environment; otherwise get the weights from their "
+        f"publisher."
     )
 
 
