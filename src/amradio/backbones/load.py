@@ -226,6 +226,7 @@ def configured(
             "vitdet_num_global": entry.vitdet_num_global,
             "position_interpolation": entry.position_interpolation_torch_hub,
         }
+        known = {k: v for k, v in known.items() if v is not None}  # what the catalog does not know, the file may
     known |= overrides.given()
     if interpolation in ("published", "torch_hub"):
         if entry is None:

@@ -61,9 +61,9 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     evidence = ", ".join(found) if found else _first_line(error)
     return UnsafeCheckpointError(
         f"{path} is refused: its pickle refers to code that is not on the allow-list: {evidence}. Allowed are "
-        f"tensors, plain containers and {allowed}. Nothing was executed, and there is no unsafe fallback. If you trust "
-        f"the file, convert it to safetensors in a separate, isolated environment; otherwise get the weights from their "
-        f"publisher."
+        f"tensors, plain containers and {allowed}. Nothing was executed, and there is no unsafe fallback. If you "
+        f"trust the file, convert it to safetensors in a separate, isolated environment; otherwise get the weights "
+        f"from their publisher."
     )
 
 
