@@ -14,8 +14,8 @@ What is decided here:
 * 16-bit samples keep their high byte, so that the full range maps to 0..255. Samples without a known white level
   (float, 32-bit integer) are refused.
 * JPEG stores CMYK inverted when Adobe's marker is there, and plain otherwise; both come out right.
-* A file that ends early is refused. One that was cut and then closed properly (a JPEG repaired with an end marker) looks
-  whole to every decoder.
+* A file that ends early is refused. One that was cut and then closed properly (a JPEG repaired with an end marker)
+  looks whole to every decoder.
 * Animations and multi-page files give their first frame. Embedded colour profiles are not applied, as in the
   preprocessing of every published backbone.
 """
@@ -183,7 +183,9 @@ def _decode_stream(stream: IO[bytes], size: int, max_pixels: int, background: tu
         raise
     except Exception as error:
         detail = str(error) if type(error) in (OSError, ValueError) else f"{type(error).__name__}: {error}"
-        raise ImageError(f"the {name} data is broken or cut short ({detail.rstrip('.')})") from error
+        raise ImageError(
+            f"the {name} data is broken, cut short or of an unsupported kind ({detail.rstrip('.')})"
+        ) from error
     return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
 
 

@@ -274,10 +274,10 @@ def _load_tokenizer(transformers: Any, directory: Path) -> Any:
             and importlib.util.find_spec("sentencepiece") is None
         ):
             raise MissingDependencyError(
-                f"The tokenizer in {directory} is a SentencePiece model, and the package sentencepiece is not installed. "
-                f"{_INSTALL}"
+                f"The tokenizer in {directory} is a SentencePiece model, and the package sentencepiece is not "
+                f"installed. {_INSTALL}"
             ) from e
-        raise LayoutError(f"transformers cannot read the tokenizer in {directory}: {str(e):.300}") from e
+        raise LayoutError(f"transformers cannot read the tokenizer in {directory}: {e!s:.300}") from e
     # Training padded on the right. transformers' own SigLIP2 class pads on the left unless the files say otherwise, and
     # the embedding is read at the last position.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
