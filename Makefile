@@ -62,7 +62,7 @@ format: $(STAMP)
 	$(PY) -m ruff format $(wildcard $(SOURCES))
 
 docs: $(STAMP)
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	$(PY) benchmarks/model_forward.py $(BENCH_ARGS)

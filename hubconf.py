@@ -42,8 +42,9 @@ def radio_model(
     if _SRC not in sys.path:
         sys.path.insert(0, _SRC)
     import amradio
-    from amradio.backbones.locate import HubOptions, locate
+    from amradio.backbones.locate import locate
     from amradio.errors import OptionError
+    from amradio.hub import HubOptions
 
     if neck_name is not None:
         raise OptionError(f"neck_name={neck_name!r}: no released model has necks; pass None.")

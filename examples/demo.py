@@ -1,7 +1,7 @@
-"""Features of a few real photos, end to end: a checkpoint in the official format, `amradio features`, pictures of the maps.
+"""Features of a few real photos, end to end: official checkpoint format, `amradio features`, pictures of the maps.
 
-The checkpoint is made here, with random weights: the demo shows that everything is installed and works together, not what
-a trained model sees. Give `--model c-radio_v4-h` for real features; that downloads its weights.
+The checkpoint is made here, with random weights: the demo shows that everything is installed and works together, not
+what a trained model sees. Give `--model c-radio_v4-h` for real features; that downloads its weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ def write_random_checkpoint(path: Path) -> None:
 
     torch.manual_seed(0)
     trunk = ViTConfig(
-        embed_dim=64, depth=4, num_heads=4, mlp_hidden_dim=256, position_grid=(32, 32), num_cls_tokens=1, num_registers=7
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_hidden_dim=256,
+        position_grid=(32, 32),
+        num_cls_tokens=1,
+        num_registers=7,
     )
     head = HeadConfig(input_dim=64, hidden_dim=64, output_dim=32)
     teacher = {"name": "clip", "type": "openai_clip"}

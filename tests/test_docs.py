@@ -1,15 +1,15 @@
 """The documentation: its Python runs, its commands parse, its tables and links are right.
 
-Python blocks of a page run in order, in one namespace, in a folder with a few pictures. Published names give tiny random
-models with the structure of the published ones. A block that cannot run anywhere says why, in a comment before it:
-``<!-- not run: needs a GPU -->``.
+Python blocks of a page run in order, in one namespace, in a folder with a few pictures. Published names give tiny
+random models with the structure of the published ones. A block that cannot run anywhere says why, in a comment before
+it: ``<!-- not run: needs a GPU -->``.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WIDTH, TEXT_WIDTH = 32, 24
 
-BLOCK = re.compile(r"(?P<comment><!-- not run: .+? -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?P<comment><!-- not run: [^>]+ -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -53,7 +55,7 @@ class FakeText:
         return torch.nn.functional.normalize(embeddings, dim=-1) if normalize else embeddings
 
 
-TEACHERS = {"siglip2-g": "siglip2", "clip": "open_clip", "siglip": "open_clip", "dino_v2": "dino_v2", "sam": "sam", "sam3": "sam3"}
+TEACHERS = {"siglip2-g": "siglip2", "clip": "open_clip", "siglip": "open_clip", "sam": "sam", "sam3": "sam3"}
 
 
 def tiny_checkpoint(entry: CatalogEntry, folder: Path) -> Path:
@@ -73,9 +75,13 @@ def tiny_checkpoint(entry: CatalogEntry, folder: Path) -> Path:
         backbone=trunk,
         summary_idxs=(0, 1),
         adaptors={n: AdaptorConfig(head_idx=i, summary=head, features=head) for i, n in enumerate(TEACHERS)},
-        teachers=tuple({"name": n, "type": kind, "model": "tiny", "use_summary": i < 2} for i, (n, kind) in enumerate(TEACHERS.items())),
+        teachers=tuple(
+            {"name": n, "type": kind, "model": "tiny", "use_summary": i < 2}
+            for i, (n, kind) in enumerate(TEACHERS.items())
+        ),
     )
-    return Path(amradio.save(amradio.RadioModel(config, adaptors=list(TEACHERS)), folder / f"{entry.version}.pth.tar", layout="official"))
+    model = amradio.RadioModel(config, adaptors=list(TEACHERS))
+    return Path(amradio.save(model, folder / f"{entry.version}.pth.tar", layout="official"))
 
 
 @pytest.fixture
@@ -171,26 +177,33 @@ def test_the_page_on_compatibility_says_what_the_option_does() -> None:
 
 def test_blocks_are_found_and_comments_respected(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("a\n```python\nx = 1\n```\n<!-- not run: why -->\n```python\ny\n```\n```bash\nls\n```\n", encoding="utf-8")
+    page.write_text(
+        "a\n```python\nx = 1\n```\n<!-- not run: why -->\n```python\ny\n```\n```bash\nls\n```\n", encoding="utf-8"
+    )
     assert list(blocks(page, "python")) == [(2, "x = 1\n")]
     assert list(blocks(page, "bash")) == [(9, "ls\n")]
 
 
 def models_table() -> str:
     """The table in docs/models.md, from the catalog."""
-    words = {"half_pixel": "half pixel", "align_corners": "corners"}
-    rows = ["version | Hugging Face | network | patch | preferred | ViTDet | positions, as published | commercial", "|".join(["---"] * 8)]
-    for e in entries():
-        size = " x ".join(map(str, e.preferred_resolution)) if e.preferred_resolution else "in its file"
-        cells = [f"`{e.version}`", f"`{e.hf_repo}`" if e.hf_repo else "", e.architecture, str(e.patch_size), size]
-        cells += ["yes" if e.supports_vitdet else "no", words[e.position_interpolation_published], "yes" if e.commercial else "**no**"]
-        rows.append(" | ".join(cells))
-    return "\n".join(f"| {row} |" for row in rows)
+    columns: dict[str, Callable[[CatalogEntry], str]] = {
+        "version": lambda e: f"`{e.version}`",
+        "Hugging Face": lambda e: f"`{e.hf_repo}`" if e.hf_repo else "",
+        "network": lambda e: e.architecture,
+        "patch": lambda e: str(e.patch_size),
+        "preferred": lambda e: (
+            " x ".join(map(str, e.preferred_resolution)) if e.preferred_resolution else "in its file"
+        ),
+        "ViTDet": lambda e: "yes" if e.supports_vitdet else "no",
+        "positions, as published": lambda e: e.position_interpolation_published.replace("_", " "),
+        "commercial": lambda e: "yes" if e.commercial else "**no**",
+    }
+    return _table(columns, entries())
 
 
 def results_table() -> str:
     """The second table in docs/models.md, from the catalog."""
-    columns = {
+    metrics = {
         "zero-shot": "zero_shot_top1_percent",
         "k-NN": "knn_top1_percent",
         "ADE20k": "ade20k_miou_percent",
@@ -200,11 +213,15 @@ def results_table() -> str:
         "TextVQA": "textvqa_percent",
         "VQAv2": "vqav2_percent",
     }
-    rows = [" | ".join(["version", *columns]), "|".join(["---"] + ["--:"] * len(columns))]
-    for e in entries():
-        if e.metrics:
-            rows.append(" | ".join([f"`{e.version}`", *(f"{e.metrics[k]:.2f}" if k in e.metrics else "" for k in columns.values())]))
-    return "\n".join(f"| {row} |" for row in rows)
+    columns: dict[str, Callable[[CatalogEntry], str]] = {"version": lambda e: f"`{e.version}`"}
+    for title, key in metrics.items():
+        columns[title] = lambda e, key=key: f"{e.metrics[key]:.2f}" if key in e.metrics else ""
+    return _table(columns, [e for e in entries() if e.metrics])
+
+
+def _table(columns: Mapping[str, Callable[[CatalogEntry], str]], rows: Sequence[CatalogEntry]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([cell(e) for cell in columns.values()] for e in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _section(name: str) -> str:

@@ -21,8 +21,9 @@ from amradio.errors import (
     OfflineError,
     UnknownModelError,
 )
+from amradio.hub import HubOptions
 from amradio.text import has_text_side, load_text_tower, towers
-from amradio.text.hub import HubOptions, fetch_description, fetch_first
+from amradio.text.hub import fetch_description, fetch_first
 
 CLIP = {"name": "clip", "type": "open_clip", "model": "ViT-H-14-378-quickgelu", "pretrained": "dfn5b"}
 SIGLIP = {"name": "siglip", "type": "open_clip", "model": "ViT-SO400M-14-SigLIP-384", "pretrained": "webli"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from amradio.backbones.locate import HubOptions, Located, find_entry, locate
+from amradio.backbones.locate import Located, find_entry, locate
 from amradio.errors import OptionError
+from amradio.hub import HubOptions
 from amradio.models.adaptors import Adaptor
 from amradio.models.configs import PositionInterpolation, RadioConfig, Resolution
 from amradio.models.radio import Compat, RadioModel
@@ -276,17 +278,13 @@ def _attach_text(model: RadioModel, hub: HubOptions) -> None:
     for name, adaptor in model.adaptors.items():
         assert isinstance(adaptor, Adaptor)
         if name in teachers and has_text_side(teachers[name]):
-            adaptor.attach_text(_text_loader(adaptor, teachers[name], hub))
+            adaptor.attach_text(functools.partial(_load_text, teachers[name], hub))
 
 
-def _text_loader(adaptor: Adaptor, teacher: Mapping[str, Any], hub: HubOptions) -> Any:
-    def load_now() -> Any:
-        device = next(adaptor.parameters()).device
-        return load_text_tower(
-            teacher, device=device, token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only
-        )
-
-    return load_now
+def _load_text(teacher: Mapping[str, Any], hub: HubOptions, device: torch.device) -> Any:
+    return load_text_tower(
+        teacher, device=device, token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only
+    )
 
 
 def _say_licence(entry: CatalogEntry) -> None:

@@ -8,29 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amradio.errors import UnknownModelError
+from amradio.hub import HubOptions
 from amradio.weights.catalog import CatalogEntry, is_catalog_name, resolve
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _URL = re.compile(r"^https?://")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """How to reach the places that weights come from.
-
-    Attributes:
-        token: Access token for gated or private repositories; None uses the one that is logged in.
-        revision: Branch, tag or commit; None is the catalog's pin or the default branch.
-        cache_dir: Where downloads are kept.
-        local_files_only: Use only what is already in the cache.
-        progress: Whether to show a progress bar.
-    """
-
-    token: str | bool | None = None
-    revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    progress: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _cache() -> dict[str, str]:
-    from amradio.weights.cache import cache_root
+    from amradio.hub import cache_root
 
     path = Path(cache_root())
     existing = next(p for p in (path, *path.parents) if p.exists())

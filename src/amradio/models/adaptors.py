@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -134,6 +135,10 @@ class TextSide(Protocol):
 
     tokenizer: Callable[..., Any]
 
+    def to(self, device: torch.device) -> Any:
+        """Move to a device, in place."""
+        ...
+
     def encode_text(self, tokens: Any, normalize: bool = False) -> Tensor:
         """Embed tokenized text: [N, C]."""
         ...
@@ -160,8 +165,8 @@ class Adaptor(nn.Module):
         self.embed_dim = config.features.output_dim // self.upsample_factor**2
         self.head_mlp = build_head(config.summary)
         self.feat_mlp = build_head(config.features)
-        self._load_text: Callable[[], TextSide] | None = None
-        self._text: TextSide | None = None
+        self._load_text: Callable[[torch.device], TextSide] | None = None
+        self._text: list[TextSide] = []  # in a list, so that a tower never becomes a part of the model's state
 
     def forward(self, summary: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Imitate the teacher.
@@ -178,13 +183,13 @@ class Adaptor(nn.Module):
         features = self.feat_mlp(patches.to(dtype))
         return self.head_mlp(summary.to(dtype)), upsample_tokens(features, grid, self.upsample_factor)
 
-    def attach_text(self, load: Callable[[], TextSide] | None) -> None:
+    def attach_text(self, load: Callable[[torch.device], TextSide] | None) -> None:
         """Say how the text side is loaded. Nothing is loaded until it is used.
 
         Args:
-            load: Returns the text side; None if the teacher has none.
+            load: Returns the text side on a device; None if the teacher has none.
         """
-        self._load_text, self._text = load, None
+        self._load_text, self._text = load, []
 
     @property
     def has_text(self) -> bool:
@@ -193,19 +198,21 @@ class Adaptor(nn.Module):
 
     @property
     def text(self) -> TextSide:
-        """The teacher's text side, loaded at the first use.
+        """The teacher's text side, on this adaptor's device, loaded at the first use.
 
         Raises:
             CapabilityError: The teacher has none.
             MissingDependencyError: It needs a package that is not installed.
         """
-        if self._text is None:
+        device = next(self.parameters()).device
+        if not self._text:
             if self._load_text is None:
                 raise CapabilityError(
                     f"The teacher {self.name!r} has no text side. Adaptors of CLIP and SigLIP type teachers have one."
                 )
-            self._text = self._load_text()
-        return self._text
+            self._text.append(self._load_text(device))
+        self._text[0].to(device)  # the model may have moved since
+        return self._text[0]
 
     @property
     def tokenizer(self) -> Callable[..., Any]:

@@ -26,8 +26,9 @@ from amradio.errors import (
     OptionError,
     UnsafeCheckpointError,
 )
+from amradio.hub import HubOptions
 from amradio.text.canonicalize import canonicalize
-from amradio.text.hub import HubOptions, fetch_description, fetch_first
+from amradio.text.hub import fetch_description, fetch_first
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")

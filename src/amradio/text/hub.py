@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amradio.errors import DownloadError, GatedRepoError, OfflineError
+from amradio.hub import HubOptions
 
 # Configuration and tokenizer. Python files are never fetched, so no repository can bring code along.
 _DESCRIPTION = (
@@ -23,51 +22,16 @@ _DESCRIPTION = (
     "spiece.model",
     "tokenizer.model",
 )
-_TRUE = {"1", "ON", "YES", "TRUE"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """How the hub is asked.
-
-    Attributes:
-        token: Access token; None for the stored one.
-        revision: Branch, tag or commit of the repository with the weights.
-        cache_dir: Cache root; None for ``AMRADIO_CACHE``, else the Hugging Face cache.
-        local_files_only: Never ask the network. ``AMRADIO_OFFLINE`` and the hub's own offline variables do the same.
-    """
-
-    token: str | bool | None = None
-    revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-
-    @property
-    def offline_reason(self) -> str | None:
-        """Why nothing may be fetched, None if it may."""
-        from huggingface_hub import constants
-
-        if self.local_files_only:
-            return "local_files_only=True"
-        for name in ("AMRADIO_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            if os.environ.get(name, "").upper() in _TRUE:
-                return f"{name} is set"
-        return "huggingface_hub is in offline mode" if constants.HF_HUB_OFFLINE else None
-
-    @property
-    def cache_root(self) -> str | None:
-        """Cache root in the form that libraries take, None for their default."""
-        root = self.cache_dir or os.environ.get("AMRADIO_CACHE")
-        return str(Path(root).expanduser()) if root else None
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``huggingface_hub`` functions."""
-        return {
-            "token": self.token,
-            "revision": self.revision,
-            "cache_dir": self.cache_root,
-            "local_files_only": self.offline_reason is not None,
-        }
+def _arguments(options: HubOptions) -> dict[str, Any]:
+    """Keyword arguments of ``huggingface_hub`` functions."""
+    return {
+        "token": options.token,
+        "revision": options.revision,
+        "cache_dir": str(options.cache_root),
+        "local_files_only": options.offline_reason is not None,
+    }
 
 
 def fetch_description(repo: str, options: HubOptions) -> Path:
@@ -86,7 +50,7 @@ def fetch_description(repo: str, options: HubOptions) -> Path:
     from huggingface_hub import snapshot_download
 
     with translated_errors(repo, options):
-        directory = Path(snapshot_download(repo, allow_patterns=list(_DESCRIPTION), **options.arguments()))
+        directory = Path(snapshot_download(repo, allow_patterns=list(_DESCRIPTION), **_arguments(options)))
     if not (directory / "config.json").is_file():  # without a connection the hub client returns what the cache has
         if options.offline_reason:
             raise _offline(repo, "the configuration", options)
@@ -116,7 +80,7 @@ def fetch_first(repo: str, filenames: Sequence[str], options: HubOptions) -> Pat
     for filename in filenames:
         with translated_errors(repo, options, filename):
             try:
-                return Path(hf_hub_download(repo, filename, **options.arguments()))
+                return Path(hf_hub_download(repo, filename, **_arguments(options)))
             except RemoteEntryNotFoundError:
                 continue
             except LocalEntryNotFoundError:
@@ -176,7 +140,7 @@ def translated_errors(repo: str, options: HubOptions, what: str = "the configura
 
 def _offline(repo: str, what: str, options: HubOptions) -> OfflineError:
     return OfflineError(
-        f"There is no copy of {what} of {repo} in the cache ({options.cache_root or 'the Hugging Face cache'}), and "
+        f"There is no copy of {what} of {repo} in the cache ({options.cache_root}), and "
         f"{options.offline_reason}. "
         f"Fetch it once with a connection (`hf download {repo}`), or give the path of a local directory instead."
     )

@@ -19,7 +19,8 @@ from amradio.errors import (
     UnknownModelError,
     nearest_names,
 )
-from amradio.text.hub import HubOptions, fetch_first, translated_errors
+from amradio.hub import HubOptions
+from amradio.text.hub import fetch_first, translated_errors
 
 # The smallest image tower that open_clip builds. It is thrown away at once: its constructors know no model without one.
 _PLACEHOLDER = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 8, "head_width": 8}
@@ -139,7 +140,7 @@ def _weights_file(open_clip: Any, name: str, pretrained: str, options: HubOption
             "Fetch the file with a connection and give its path as the teacher's `pretrained`."
         )
     with translated_errors(f"open_clip's {name}", options, f"the weights {pretrained!r}"):
-        path = open_clip.download_pretrained(published, cache_dir=options.cache_root)
+        path = open_clip.download_pretrained(published, cache_dir=str(options.cache_root))
     if not path:
         raise DownloadError(f"open_clip knows no address for the weights {pretrained!r} of {name}.")
     return Path(path)
@@ -189,5 +190,8 @@ def _tokenizer(open_clip: Any, name: str, config: dict[str, Any], options: HubOp
         return open_clip.get_tokenizer(name)
     with translated_errors(source, options, "the tokenizer"):
         return open_clip.get_tokenizer(
-            name, cache_dir=options.cache_root, token=options.token, local_files_only=options.offline_reason is not None
+            name,
+            cache_dir=str(options.cache_root),
+            token=options.token,
+            local_files_only=options.offline_reason is not None,
         )

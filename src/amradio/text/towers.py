@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from amradio.errors import CapabilityError, ConfigError, MissingDependencyError, UnknownModelError, nearest_names
+from amradio.hub import HubOptions
 from amradio.text.hf_tower import HFTextTower, import_transformers, load_hf_tower
-from amradio.text.hub import HubOptions
 from amradio.text.open_clip_tower import OpenClipTextTower, import_open_clip, load_open_clip_tower
 from amradio.text.protocol import TextTower
 

@@ -1,50 +1,13 @@
-"""Where downloads are kept, who may write there, and whether the network may be used."""
+"""The directories and locks of the download cache."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from amradio.errors import AmradioError, DownloadError
 from amradio.weights.trust import safe_name
-
-_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The directory below which downloads are kept.
-
-    Args:
-        cache_dir: Explicit choice; else the environment variable ``AMRADIO_CACHE``, else the Hugging Face cache.
-
-    Returns:
-        An absolute path; it need not exist.
-    """
-    from huggingface_hub import constants
-
-    chosen = cache_dir or os.environ.get("AMRADIO_CACHE") or constants.HF_HUB_CACHE
-    return Path(chosen).expanduser().absolute()
-
-
-def offline_reason(local_files_only: bool = False) -> str | None:
-    """Why nothing may be fetched, None if it may.
-
-    Args:
-        local_files_only: The caller's wish.
-
-    Returns:
-        Words that complete "..., and".
-    """
-    from huggingface_hub import constants
-
-    if local_files_only:
-        return "local_files_only=True"
-    for name in ("AMRADIO_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "").upper() in _TRUE:
-            return f"{name} is set"
-    return "huggingface_hub is in offline mode" if constants.HF_HUB_OFFLINE else None
 
 
 def make_directory(directory: Path) -> None:

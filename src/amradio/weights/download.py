@@ -19,8 +19,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from amradio.errors import DownloadError, IntegrityError, OfflineError, OptionError
+from amradio.hub import cache_root, offline_reason
 from amradio.weights import hub
-from amradio.weights.cache import cache_root, locked, make_directory, offline_reason
+from amradio.weights.cache import locked, make_directory
 from amradio.weights.transfer import Source, discard, public_url, transfer
 from amradio.weights.trust import Claim, TrustRecord, TrustStore, check, safe_name, safe_stem, sha256_of
 
