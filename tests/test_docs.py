@@ -45,7 +45,7 @@ def pages_with(language: str) -> list[Any]:
 # ---- tiny stand-ins for published models ----
 
 
-class FakeText:
+class FakeText(torch.nn.Module):
     """A text tower whose embeddings depend on the text's length only."""
 
     tokenizer = staticmethod(lambda texts: torch.tensor([[len(t)] for t in texts]))
@@ -189,14 +189,13 @@ def models_table() -> str:
     columns: dict[str, Callable[[CatalogEntry], str]] = {
         "version": lambda e: f"`{e.version}`",
         "Hugging Face": lambda e: f"`{e.hf_repo}`" if e.hf_repo else "",
-        "network": lambda e: e.architecture,
-        "patch": lambda e: str(e.patch_size),
+        "commercial": lambda e: "yes" if e.commercial else "**no**",
+        "network": lambda e: re.split(r",| \(", e.architecture)[0],
         "preferred": lambda e: (
             " x ".join(map(str, e.preferred_resolution)) if e.preferred_resolution else "in its file"
         ),
         "ViTDet": lambda e: "yes" if e.supports_vitdet else "no",
-        "positions, as published": lambda e: e.position_interpolation_published.replace("_", " "),
-        "commercial": lambda e: "yes" if e.commercial else "**no**",
+        "positions as published": lambda e: e.position_interpolation_published.replace("_", " "),
     }
     return _table(columns, entries())
 

@@ -27,7 +27,7 @@ FLOORS = [
     {"models", "text"},
     {"images"},
     {"hub"},
-    {"errors"},
+    {"errors", "hub"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -68,6 +68,7 @@ class Overrides:
         return given
 
 
+@torch.inference_mode(False)  # or parameters loaded inside inference mode could never take part in training
 def load(
     version_or_path: str | os.PathLike[str] = "",
     adaptors: str | Sequence[str] | None = None,

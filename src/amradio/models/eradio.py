@@ -1,7 +1,7 @@
 """E-RADIO: the convolution and windowed-attention hybrid of AM-RADIO (arXiv 2312.06709, section 5).
 
-Four stages at strides 4, 8, 16 and 32. Two are convolutional, two attend inside windows. A neck sums projections of the later
-stages into the dense output; the summary is the mean of that output.
+Four stages at strides 4, 8, 16 and 32. Two are convolutional, two attend inside windows. A neck sums projections of the
+later stages into the dense output; the summary is the mean of that output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from amradio.errors import CapabilityError, ConfigError, OptionError, ResolutionError
 from amradio.models.configs import ERadioConfig
-from amradio.models.eradio_blocks import AttentionBlock, C2f, ConvBlock, ConvBN, MultiResolutionBlock, PositionBias
+from amradio.models.eradio_bias import PositionBias
+from amradio.models.eradio_blocks import AttentionBlock, C2f, ConvBlock, ConvBN, MultiResolutionBlock
 from amradio.models.intermediates import take_indices
 
 NUM_STAGES = 4
@@ -130,7 +131,7 @@ def _windows_and_ratios(config: ERadioConfig, index: int) -> tuple[tuple[int, ..
     ratios = ratios if isinstance(ratios, tuple) else (ratios,)
     windows = windows if isinstance(windows, tuple) else (windows,) if windows is not None else ()
     if not windows or min(windows) < 2:
-        raise ConfigError(f"window_size of the attention stage {index} must be at least 2, got {config.window_size[index]}.")
+        raise ConfigError(f"window_size of stage {index} must be at least 2, got {config.window_size[index]}.")
     if not ratios or min(ratios) < 1:
         raise ConfigError(f"sr_ratio of stage {index} must be at least 1, got {config.sr_ratio[index]}.")
     if any(max(ratios) * windows[0] % r for r in ratios):
@@ -219,8 +220,8 @@ class ERadio(nn.Module):
         input_multiple: What both image sides must be multiples of, in pixels.
         num_cls_tokens: 1, the summary; there are no tokens as in a vision transformer.
         num_prefix_tokens: 1, as `num_cls_tokens`.
-        norm: The norm of ``config.final_norm``, else the identity. It feeds a classifier that RADIO does not have, so only
-            ``forward_intermediates(norm=True)`` applies it.
+        norm: The norm of ``config.final_norm``, else the identity. It feeds a classifier that RADIO does not have, so
+            only ``forward_intermediates(norm=True)`` applies it.
 
     Raises:
         ConfigError: The description is inconsistent.
@@ -272,11 +273,11 @@ class ERadio(nn.Module):
 
         Args:
             images: As for `forward`.
-            indices: n for the last n stages, a sequence of stages (negative ones count from the end), or None for all. The
-                order of the maps is the order asked for.
+            indices: n for the last n stages, a sequence of stages (negative ones count from the end), or None for all.
+                The order of the maps is the order asked for.
             output_fmt: ``NCHW``: [B, C, h, w]; ``NLC``: [B, h * w, C].
-            stop_early: Do not run stages after the last one asked for. Only together with `intermediates_only`: the final
-                output needs all stages.
+            stop_early: Do not run stages after the last one asked for. Only together with `intermediates_only`: the
+                final output needs all stages.
             intermediates_only: Leave the final output out.
             norm: Apply the last norm to the last stage's map, the only one that it fits.
             return_prefix_tokens: Not available.
@@ -290,7 +291,7 @@ class ERadio(nn.Module):
             ResolutionError: A side is not a multiple of `input_multiple`.
         """
         if return_prefix_tokens:
-            raise CapabilityError("E-RADIO has no prefix tokens to return: its summary is the mean of the dense features.")
+            raise CapabilityError("E-RADIO has no prefix tokens: its summary is the mean of the dense features.")
         if output_fmt not in ("NCHW", "NLC"):
             raise OptionError(f"Unsupported output_fmt: {output_fmt!r}. Must be one of ['NCHW', 'NLC'].")
         if stop_early and not intermediates_only:
@@ -306,7 +307,8 @@ class ERadio(nn.Module):
     def switch_to_deploy(self) -> None:
         """Fold the batch norms of stem and stages into their convolutions, for inference. Cannot be undone.
 
-        The position bias is recomputed and stored in the state dict for other readers of it. Windows can still be changed.
+        The position bias is recomputed and stored in the state dict for other readers of it. Windows can still be
+        changed.
         """
         for module in (*self.patch_embed.modules(), *self.levels.modules()):
             if isinstance(module, ConvBN):
@@ -317,17 +319,17 @@ class ERadio(nn.Module):
     def change_window_size(self, window_size: int) -> None:
         """Attend in windows of another size from now on; the state dict stays as it is.
 
-        Maps are resized to multiples of the window (of twice the window in stage 2), so a size that divides the image's side
-        over 32 is both faster and better: 7 for 224 pixels, 8 for 256, 12 for 384, 16 for 512.
+        Maps are resized to multiples of the window (of twice the window in stage 2), so a size that divides the image's
+        side over 32 is both faster and better: 7 for 224 pixels, 8 for 256, 12 for 384, 16 for 512.
 
         Args:
             window_size: Side of the windows of all attention blocks, at least 1.
 
         Raises:
-            OptionError: `window_size` is not a positive integer.
+            OptionError: `window_size` is below 1.
         """
-        if not isinstance(window_size, int) or window_size < 1:
-            raise OptionError(f"window_size must be a positive integer, got {window_size!r}.")
+        if window_size < 1:
+            raise OptionError(f"window_size must be at least 1, got {window_size}.")
         for stage in self.levels:
             assert isinstance(stage, Stage)
             stage.change_window_size(window_size)
@@ -363,11 +365,12 @@ class ERadio(nn.Module):
         maps: list[Tensor] = []
         dense: Tensor | None = None
         for i, stage in enumerate(self.levels):
+            assert isinstance(stage, Stage)
             x = stage(x)
             maps.append(x)
             if features:
                 dense = self.high_res_neck(x, i, dense)
-            if i == last:
+            if i == last or stage.downsample is None:
                 break
             x = stage.downsample(x)
         return maps, dense
@@ -399,14 +402,16 @@ def _check_size(images: Tensor) -> None:
 def _check(config: ERadioConfig) -> None:
     for name in ("depths", "num_heads", "window_size", "sr_ratio"):
         if len(getattr(config, name)) != NUM_STAGES:
-            raise ConfigError(f"{name} needs one entry for each of the {NUM_STAGES} stages, got {getattr(config, name)}.")
+            raise ConfigError(f"{name} needs one entry a stage, {NUM_STAGES} in all, got {getattr(config, name)}.")
     if not 1 <= config.neck_start_stage < NUM_STAGES:
         raise ConfigError(f"neck_start_stage must be in 1 to {NUM_STAGES - 1}, got {config.neck_start_stage}.")
     if config.conv_groups_ratio < 0:
         raise ConfigError(f"conv_groups_ratio must be at least 0, got {config.conv_groups_ratio}.")
     for i in range(FIRST_ATTENTION_STAGE, NUM_STAGES):
         if config.dim * 2**i % config.num_heads[i]:
-            raise ConfigError(f"Stage {i} is {config.dim * 2**i} wide, which {config.num_heads[i]} heads do not divide.")
+            raise ConfigError(
+                f"Stage {i} is {config.dim * 2**i} wide, not divisible by its {config.num_heads[i]} heads."
+            )
 
 
 @torch.no_grad()

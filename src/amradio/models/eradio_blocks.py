@@ -1,27 +1,24 @@
 """Building blocks of E-RADIO: foldable convolutions, C2f, and windowed attention with a learned position bias.
 
-Feature maps are [B, C, H, W] in channels-last memory, so that cutting them into windows of tokens is one copy of long rows.
-E-RADIO is described in AM-RADIO (arXiv 2312.06709, section 5); C2f is YOLOv8's, the position bias is Swin v2's
-(arXiv 2111.09883, section 3.3), attention at two resolutions follows FasterViT (arXiv 2306.06189).
+E-RADIO is described in AM-RADIO (arXiv 2312.06709, section 5); C2f is YOLOv8's, windowed attention after convolutional
+stages follows FasterViT (arXiv 2306.06189).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amradio.models.eradio_bias import PositionBias
 from amradio.models.patches import caching_is_safe
 from amradio.models.windows import from_windows, to_windows
 
 Activation = Literal["none", "relu", "gelu", "silu"]
-COORDS_SPAN = 8  # normalised offsets reach from -8 to 8 before the logarithm
-BIAS_SPAN = 16  # the bias of a pair of tokens lies between 0 and 16
+MATMUL_RATIO = 10  # from here on, weights over input values, a convolution on a CPU is faster as a matrix product
 
 
 class ConvBN(nn.Module):
@@ -52,7 +49,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to maps [B, in_chans, H, W]: [B, out_chans, H / stride, W / stride]."""
-        x = self.conv(x)
+        x = self._matmul(x) if self._is_weight_bound(x) else self.conv(x)
         if self.bn is not None:
             x = self.bn(x)
         # In place: neither a convolution nor a batch norm needs its own output for the backward pass.
@@ -61,6 +58,29 @@ class ConvBN(nn.Module):
         if self.activation == "relu":
             return F.relu(x, inplace=True)
         return F.gelu(x) if self.activation == "gelu" else x
+
+    def _is_weight_bound(self, x: Tensor) -> bool:
+        """Whether re-packing the weights, which oneDNN does at each call, would outweigh the convolution itself.
+
+        True of the last stage's convolutions at a small batch: 85 MB of weights for a map of 1.5 MB. Only inference
+        goes this way: training would have to keep all the neighbourhoods, and compilers pack weights better.
+        """
+        return (
+            caching_is_safe()
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and self.conv.groups == 1
+            and self.conv.weight.numel() > MATMUL_RATIO * x.numel()
+        )
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        """The convolution as a product of its weights with the neighbourhoods of all positions."""
+        conv = self.conv
+        (kernel, _), (stride, _), padding = conv.kernel_size, conv.stride, conv.kernel_size[0] // 2
+        size = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:]]
+        patches = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2)  # [B, h * w, in * kernel**2]
+        y = F.linear(patches, conv.weight.flatten(1), conv.bias)  # [B, h * w, out]
+        return y.view(x.shape[0], *size, -1).permute(0, 3, 1, 2)  # [B, out, h, w]
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -122,172 +142,6 @@ class ConvBlock(nn.Module):
         return x + self.conv2(self.conv1(x))  # type: ignore[no-any-return]
 
 
-class BiasCache:
-    """Position biases, kept for one state of the tensors that they are computed from.
-
-    Nothing here is part of the state dict. The cache holds aliases of its sources: as long as it does, no other tensor can
-    get their addresses, so equal addresses and versions mean equal values.
-    """
-
-    def __init__(self, capacity: int = 4) -> None:
-        self.capacity = capacity
-        self._sources: tuple[Tensor, ...] = ()
-        self._versions: tuple[int, ...] = ()
-        self._entries: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-
-    def get(self, sources: Sequence[Tensor], key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the entry of `key` for the present values of `sources`, computing it if needed.
-
-        Args:
-            sources: Everything with values that the result depends on.
-            key: What else it depends on.
-            compute: Computes the result.
-
-        Returns:
-            The cached or computed tensor. Not to be written to.
-        """
-        if any(s.is_inference() for s in sources):  # without a version counter, a change could not be noticed
-            return compute()
-        if not self._is_current(sources):
-            self.clear()
-            self._sources = tuple(s.detach() for s in sources)
-            self._versions = tuple(s._version for s in sources)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        with torch.inference_mode(False), torch.no_grad():  # so that the value is of use outside inference mode too
-            value = self._entries[key] = compute()
-        if len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
-        return value
-
-    def _is_current(self, sources: Sequence[Tensor]) -> bool:
-        return len(self._sources) == len(sources) and all(
-            held.data_ptr() == s.data_ptr() and held.device == s.device and version == s._version
-            for held, version, s in zip(self._sources, self._versions, sources, strict=True)
-        )
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._sources, self._versions = (), ()
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BiasCache:
-        return BiasCache(self.capacity)
-
-    def __reduce__(self) -> tuple[type[BiasCache], tuple[int]]:
-        return BiasCache, (self.capacity,)
-
-
-def relative_coords(window: int, trained_window: int) -> Tensor:
-    """Tabulate the log-spaced offsets between two tokens of a window.
-
-    Args:
-        window: Side of the window.
-        trained_window: Side of the windows that the bias was trained with, which sets the scale.
-
-    Returns:
-        [1, 2 * window - 1, 2 * window - 1, 2]: (dy, dx) for dy, dx from -(window - 1) to window - 1, float32.
-    """
-    offsets = torch.arange(-(window - 1), window, dtype=torch.float32) / (trained_window - 1) * COORDS_SPAN
-    offsets = offsets.sign() * torch.log2(offsets.abs() + 1.0) / 3.0  # 3 = log2(COORDS_SPAN)
-    return torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), dim=-1)[None]
-
-
-def relative_index(window: int) -> Tensor:
-    """Say which row of the flattened `relative_coords` belongs to each (query, key) pair: [window**2, window**2], int64."""
-    y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)  # [window**2]
-    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]  # [window**2, window**2]
-    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
-
-
-class PositionBias(nn.Module):
-    """What a small network adds to the attention logits of two tokens, given their offset.
-
-    The buffers belong to the window that the weights were trained with, whatever the window in use, so the state dict always
-    fits. Without gradients the bias is kept between calls as long as nothing that it depends on changes.
-
-    Args:
-        window: Side of the windows in training, at least 2.
-        num_heads: Attention heads H.
-        hidden_dim: Hidden width of the network.
-
-    Attributes:
-        window_size: Side of the windows in use.
-        relative_coords_table: `relative_coords`, used as loaded: a half-precision checkpoint holds it rounded.
-        relative_position_index: `relative_index`.
-        relative_bias: The bias of the trained window as of the last `store` or checkpoint. Other software reads it from
-            deployed checkpoints; it is never trusted here, because published ones may be stale.
-    """
-
-    relative_coords_table: Tensor
-    relative_position_index: Tensor
-    relative_bias: Tensor
-
-    def __init__(self, window: int, num_heads: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.trained_window = window
-        self.window_size = window
-        self._cache = BiasCache()
-        self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, num_heads, bias=False),
-        )
-        self.register_buffer("relative_coords_table", relative_coords(window, window))
-        self.register_buffer("relative_position_index", relative_index(window))
-        self.register_buffer("relative_bias", torch.zeros(1, num_heads, window**2, window**2))
-
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """Return the bias [1, H, N, N] of the window in use, N = window_size**2, in `dtype`."""
-        window = self.window_size
-        if not caching_is_safe():
-            return self.compute(window).to(dtype)
-        sources = (*self.cpb_mlp.parameters(), self.relative_coords_table, self.relative_position_index)
-        return self._cache.get(sources, (window, dtype), lambda: self.compute(window).to(dtype))
-
-    def compute(self, window: int) -> Tensor:
-        """Compute the bias from the network's present parameters.
-
-        Args:
-            window: Side of the windows.
-
-        Returns:
-            [1, H, window**2, window**2], float32 or wider.
-        """
-        first, last = self.cpb_mlp[0], self.cpb_mlp[2]
-        device, dtype = first.weight.device, torch.promote_types(first.weight.dtype, torch.float32)
-        if window == self.trained_window:
-            coords, index = self.relative_coords_table, self.relative_position_index
-        else:
-            coords, index = relative_coords(window, self.trained_window).to(device), relative_index(window).to(device)
-        # In float32 even under autocast: bfloat16 steps of the logits would add up through the network.
-        with _without_autocast(device.type):
-            x = F.relu(F.linear(coords.to(dtype), first.weight.to(dtype), first.bias.to(dtype)))
-            x = F.linear(x, last.weight.to(dtype)).flatten(0, 2)  # [(2 * window - 1)**2, H]
-        x = BIAS_SPAN * torch.sigmoid(x).t()  # [H, (2 * window - 1)**2]; before the gather, which repeats entries
-        return x.index_select(1, index.flatten()).unflatten(1, index.shape)[None]  # [1, H, window**2, window**2]
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Write the trained window's bias into the buffer."""
-        self.relative_bias.copy_(self.compute(self.trained_window))
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PositionBias:
-        self._cache.clear()  # do not keep what is on the old device alive
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cache.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside each window, with a position bias."""
 
@@ -332,7 +186,8 @@ class AttentionBlock(nn.Module):
         bias_hidden_dim: Hidden width of the position-bias network.
         qkv_bias: Whether the qkv projection has a bias.
         layer_scale: Initial value of the branch scales, None for none.
-        conv_base: Sub-sample and back by strided convolutions; otherwise by pooling and repetition, with 1x1 convolutions.
+        conv_base: Sub-sample and back by strided convolutions; otherwise by pooling and repetition, each with a 1x1
+            convolution.
         conv_groups: Groups of the 3x3 convolution that lets windows exchange information where nothing is sub-sampled.
     """
 
@@ -385,7 +240,8 @@ class AttentionBlock(nn.Module):
         grid = (height + pad_h, width + pad_w)
         tokens = to_windows(y.permute(0, 2, 3, 1).flatten(1, 2), grid, window)  # [B * W, window**2, C]
         tokens = self._transform(tokens)
-        y = from_windows(tokens, x.shape[0], grid, window).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
+        tokens = from_windows(tokens, x.shape[0], grid, window)  # [B, h * w, C]
+        y = tokens.view(x.shape[0], *grid, -1).permute(0, 3, 1, 2)  # [B, C, h, w]
         if pad_h or pad_w:
             y = y[:, :, :height, :width]
         return (x + self._expand(y)) * 0.5
@@ -409,9 +265,15 @@ class AttentionBlock(nn.Module):
         """Undo the sub-sampling."""
         if self.subsample == 1:
             return x
-        y: Tensor = self.upsample_op(x)
+        if self.conv_base:
+            return self.upsample_op(x)  # type: ignore[no-any-return]
+        if self.training:  # the running variance depends on how many cells there are
+            return self.upsample_op(self._repeat(x))  # type: ignore[no-any-return]
         # A 1x1 convolution and repetition commute; in this order the convolution sees subsample**2 times fewer cells.
-        return y if self.conv_base else F.interpolate(y, scale_factor=float(self.subsample), mode="nearest")
+        return self._repeat(self.upsample_op(x))
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=float(self.subsample), mode="nearest")
 
 
 class MultiResolutionBlock(nn.Module):

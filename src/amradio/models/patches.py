@@ -258,10 +258,10 @@ class PatchGenerator(nn.Module):
         maps = self._position_map()  # [1, C, rows, cols]
         if mode == "cpe":
             side = torch.sym_max(h, w)
-            maps = self._interpolate(maps, (side, side))[..., :h, :w]
+            maps = _corner(self._interpolate(maps, (side, side)), h, w)
         else:
-            maps = maps[..., :h, :w]
-            if tuple(maps.shape[-2:]) != (h, w):
+            maps = _corner(maps, torch.sym_min(h, rows), torch.sym_min(w, cols))
+            if torch.compiler.is_compiling() or tuple(maps.shape[-2:]) != (h, w):
                 maps = self._interpolate(maps, (h, w))
         return maps.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)  # [1, h*w, C]
 
@@ -272,3 +272,13 @@ class PatchGenerator(nn.Module):
         self._cache.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _corner(maps: Tensor, height: int, width: int) -> Tensor:
+    """The top left of maps [..., height, width].
+
+    It is gathered, because a slice has the strides of the whole: a compiled or exported graph would then be good for
+    one kind of aspect ratio (wide, tall, square) only.
+    """
+    rows, cols = torch.arange(height, device=maps.device), torch.arange(width, device=maps.device)
+    return maps.index_select(-2, rows).index_select(-1, cols)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from amradio.errors import CapabilityError, OptionError, ResolutionError, UnknownAdaptorError
+from amradio.errors import CapabilityError, ConfigError, OptionError, ResolutionError, UnknownAdaptorError
 from amradio.models.adaptors import Adaptor
 from amradio.models.configs import ERadioConfig, RadioConfig, Resolution, ViTConfig
 from amradio.models.eradio import ERadio
@@ -53,6 +53,7 @@ class RadioModel(nn.Module):
         self.model = build_trunk(config)
         self.register_buffer("summary_idxs", torch.tensor(config.summary_idxs, dtype=torch.int64))
         self._summary_idxs = tuple(config.summary_idxs)
+        self.register_load_state_dict_post_hook(_take_summary_idxs)  # type: ignore[no-untyped-call]
         self.adaptors = nn.ModuleDict({name: Adaptor(name, _adaptor_config(config, name)) for name in adaptors})
         self.feature_normalizer: nn.Module = (
             FeatureNormalizer(self.embed_dim) if config.feature_normalizer else nn.Identity()
@@ -60,6 +61,7 @@ class RadioModel(nn.Module):
         self.inter_feature_normalizer = (
             InterFeatureNormalizer(self.embed_dim, config.inter_normalizer) if config.inter_normalizer else None
         )
+        self._check_tokens()
 
     # ---- what the model is ----
 
@@ -76,7 +78,7 @@ class RadioModel(nn.Module):
     @property
     def summary_dim(self) -> int:
         """Width C of the backbone summary."""
-        return self.embed_dim * len(self._summary_idxs)
+        return self.embed_dim * (len(self._summary_idxs) if self._has_token_summary else 1)
 
     @property
     def max_resolution(self) -> int | None:
@@ -230,7 +232,7 @@ class RadioModel(nn.Module):
             name: A loaded adaptor's name, or ``backbone``.
 
         Returns:
-            An `amradio.backbones.radio.AdaptorView`, sharing this model's weights.
+            An `amradio.models.view.RadioView`, sharing this model's weights.
 
         Raises:
             UnknownAdaptorError: No such adaptor is loaded.
@@ -239,10 +241,30 @@ class RadioModel(nn.Module):
 
         return RadioView(self, name)
 
+    @property
+    def _has_token_summary(self) -> bool:
+        """Whether summaries are made of prefix tokens, and not of a mean."""
+        return isinstance(self.model, VisionTransformer) and self.model.config.pool == "token"
+
+    def _check_tokens(self) -> None:
+        if not self._has_token_summary:
+            return
+        count = self.model.num_prefix_tokens
+        readers = [(f"The summary of adaptor {a.name!r}", a.head_idx) for a in self._adaptors()]
+        readers += [("The backbone summary", i) for i in self._summary_idxs]
+        for reader, i in readers:
+            if not 0 <= i < count:
+                raise ConfigError(
+                    f"{reader} reads prefix token {i}, but the trunk has {count} prefix tokens (counted from 0). The "
+                    f"teachers' token slots, or class_token, contradict the rest of the model's description."
+                )
+
     def _check_size(self, images: Tensor) -> None:
+        if images.ndim != 4:
+            raise ResolutionError(f"Images must be [B, 3, H, W], got the shape {list(images.shape)}.")
         height, width = images.shape[-2:]
         step = self.min_resolution_step
-        if height % step or width % step:
+        if height % step or width % step or height == 0 or width == 0:
             h, w = self.get_nearest_supported_resolution(height, width)
             raise ResolutionError(
                 f"The input resolution must be a multiple of `self.min_resolution_step={step}` on both sides, got "
@@ -384,6 +406,13 @@ class RadioModel(nn.Module):
         if not isinstance(self.model, VisionTransformer):
             raise CapabilityError(f"{type(self.model).__name__} has no {what}; only vision transformers have.")
         return self.model
+
+
+def _take_summary_idxs(module: nn.Module, _: Any) -> None:
+    """Follow the positions in a state dict that was loaded. Reading them in each forward would wait for the device."""
+    assert isinstance(module, RadioModel)
+    if not module.summary_idxs.is_meta:
+        module._summary_idxs = tuple(module.summary_idxs.tolist())
 
 
 def build_trunk(config: RadioConfig) -> VisionTransformer | ERadio:

@@ -254,7 +254,9 @@ class _Sequence:
         assert self.window is not None
         self.prefix, patches = self.whole[:, : self.num_prefix], self.whole[:, self.num_prefix :]
         if self.permuted:
-            self.windows = patches.reshape(-1, self.window**2, patches.shape[-1])  # [B * W, window**2, C]
+            area, c = self.window**2, patches.shape[-1]
+            count = (self.grid[0] // self.window) * (self.grid[1] // self.window)
+            self.windows = patches.reshape(self.batch * count, area, c)  # [B * W, window**2, C]
         else:
             self.windows = to_windows(patches, self.grid, self.window)  # [B * W, window**2, C]
             self.permuted = True
@@ -262,7 +264,8 @@ class _Sequence:
 
     def make_global(self) -> None:
         if self.whole is None:
-            patches = self.windows.reshape(self.batch, -1, self.windows.shape[-1])  # [B, L, C]
+            count = self.grid[0] * self.grid[1]
+            patches = self.windows.reshape(self.batch, count, self.windows.shape[-1])  # [B, L, C]
             self.whole = torch.cat([self.prefix, patches], dim=1) if self.num_prefix else patches  # [B, P + L, C]
 
     def apply(self, block: Callable[[Tensor], Tensor]) -> None:

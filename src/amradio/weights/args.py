@@ -33,6 +33,7 @@ def backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
         ConfigError: The architecture or one of its settings is unknown.
     """
     name = str(_required(args, "model"))
+    _check_teachers(args)
     model_kwargs = dict(args.get("model_kwargs") or {})
     if name in ERADIO_VARIANTS:
         return _eradio(name, model_kwargs)
@@ -120,7 +121,21 @@ def _pool(arguments: Mapping[str, Any]) -> str:
 
 def _cpe_grid(max_size: int, patch: int) -> int:
     """Side of the position grid in patches (Python rounding, half to even)."""
-    return round(max_size / patch)
+    grid = round(max_size / patch)
+    if grid < 1:
+        raise ConfigError(f"cpe_max_size {max_size} leaves no position grid with patches of {patch} pixels.")
+    return grid
+
+
+def _check_teachers(args: Mapping[str, Any]) -> None:
+    teachers = args.get("teachers") or []
+    if not isinstance(teachers, (list, tuple)) or not all(
+        isinstance(t, Mapping) and isinstance(t.get("name"), str) for t in teachers
+    ):
+        raise CheckpointError(
+            f"The checkpoint's training arguments have teachers={str(teachers)[:200]}, which must be a list of records "
+            f"that each have a 'name'."
+        )
 
 
 def _num_registers(args: Mapping[str, Any], num_cls: int) -> int:
@@ -282,3 +297,15 @@ def _required(args: Mapping[str, Any], name: str) -> Any:
     if name not in args:
         raise CheckpointError(f"The checkpoint's training arguments lack {name!r}; they have {sorted(args)[:20]}.")
     return args[name]
+
+
+def folded_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments after parametrisations were folded into plain weights, which no longer need unfolding.
+
+    Args:
+        args: Official training arguments as a JSON object.
+
+    Returns:
+        The same with the three flags off.
+    """
+    return {**args, "spectral_reparam": False, "spectral_heads": False, "damp": None}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from amradio.errors import CheckpointError
+from amradio.errors import CheckpointError, LayoutError
 from amradio.models.architectures import DINO_STUDENTS
 from amradio.models.configs import InterNormalizerConfig, RadioConfig
-from amradio.weights.args import adaptor_of, backbone_of, summary_positions
+from amradio.weights.args import adaptor_of, backbone_of, folded_args, summary_positions
 from amradio.weights.checkpoint import Checkpoint, Identity, jsonable, torch_dtype
+from amradio.weights.fidelity import require_same, without_heads
+from amradio.weights.files import atomic_file
 from amradio.weights.pickles import load_pickle
 from amradio.weights.spectral import SpectralSettings, fold_parametrizations
+from amradio.weights.synthesis import args_from_config
+from amradio.weights.tensorfiles import owned
 
 NAME = "official"
 
@@ -26,6 +33,19 @@ _NORMALIZERS = {
     "_intermediate_feature_normalizer.": "inter_feature_normalizer.",
 }
 _LAYER_SCALE = re.compile(r"^(blocks\.\d+\.ls[12])\.(?:gamma|grandma)$")
+_PICKLE_START = b"\x80"
+_DTYPE_ARGS = ("dtype", "amp_dtype")
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is a file that ``torch.save`` made, by its first bytes. Nothing is unpickled."""
+    if not path.is_file():
+        return False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    with path.open("rb") as f:
+        return f.read(1) == _PICKLE_START
 
 
 def read(path: Path) -> Checkpoint:
@@ -202,3 +222,109 @@ def native_trunk_tensor(name: str, tensor: Tensor) -> Tensor:
     if name == "patch_generator.cls_token.token" and tensor.ndim == 3:
         return tensor[0]  # [tokens, C]
     return tensor
+
+
+def write(checkpoint: Checkpoint, path: Path, *, backbone_only: bool = False) -> Path:
+    """Write an official checkpoint file.
+
+    Args:
+        checkpoint: What to write. Without published training arguments, arguments that describe it are made up.
+        path: The file; parents are made, an existing file is replaced once the new one is complete.
+        backbone_only: Leave out adaptors and normalizers.
+
+    Returns:
+        The path.
+
+    Raises:
+        LayoutError: Training arguments cannot describe this model; each field in question is named.
+    """
+    if path.is_dir():
+        raise LayoutError(f"{path} is a directory, but the {NAME} layout is one file. Name a file in it.")
+    if backbone_only:
+        checkpoint = without_heads(checkpoint)
+    args = args_for(checkpoint, NAME)
+    state = {}
+    for name, tensor in checkpoint.tensors.items():
+        key, value = native_to_official(name, tensor, args)
+        state[key] = owned(value)
+    state |= {name: owned(tensor) for name, tensor in checkpoint.unused.items()}
+    payload = {
+        "arch": args["model"],
+        "epoch": 0,
+        "state_dict": state,
+        "args": argparse.Namespace(**_with_dtypes(args)),
+    }
+    with atomic_file(path) as part:
+        torch.save(payload, part)
+    return path
+
+
+def args_for(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
+    """Training arguments that describe a checkpoint: the published ones, or made-up ones where there are none.
+
+    Args:
+        checkpoint: What is to be written.
+        layout: Name of the layout, for messages.
+
+    Returns:
+        The arguments as a JSON object, checked to give the checkpoint's description back.
+
+    Raises:
+        LayoutError: No arguments do; each field in question is named.
+    """
+    config = checkpoint.config
+    args = folded_args(config.args) | {"dtype": config.dtype} if config.args else args_from_config(config)
+    ignore = () if config.args else ("teachers",)  # made-up arguments complete the records
+    require_same(checkpoint, describe(args, checkpoint.tensors), layout, ignore)
+    return args
+
+
+def native_to_official(name: str, tensor: Tensor, args: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """Translate the name and shape of any tensor; the inverse of reading.
+
+    Args:
+        name: Native name.
+        tensor: Its tensor.
+        args: Official training arguments.
+
+    Returns:
+        Official name, and the tensor in the official shape.
+    """
+    if name.startswith("model."):
+        trunk, tensor = native_to_trunk(name[len("model.") :], tensor, args)
+        return f"{_TRUNK}{trunk}", tensor
+    for part, prefix in ((".head_mlp.", _SUMMARY), (".feat_mlp.", _SPATIAL)):
+        if name.startswith("adaptors.") and part in name:
+            teacher, rest = name[len("adaptors.") :].split(part, 1)
+            return f"{prefix}{teacher}.{rest}", tensor
+    renamed = next((old + name[len(new) :] for old, new in _NORMALIZERS.items() if name.startswith(new)), name)
+    return renamed, tensor
+
+
+def native_to_trunk(name: str, tensor: Tensor, args: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """Translate the name and shape of a trunk tensor; the inverse of `trunk_to_native` and `native_trunk_tensor`.
+
+    Args:
+        name: Native name without ``model.``.
+        tensor: Its tensor.
+        args: Official training arguments.
+
+    Returns:
+        Official name without ``base_model.``, and the tensor in the official shape.
+    """
+    if args.get("cpe_max_size") is None:
+        if name == "patch_generator.embedder.weight":
+            side = backbone_of(args).patch_size
+            tensor = tensor.unflatten(1, (-1, side, side))  # [C, chans, P, P]
+        elif name == "patch_generator.cls_token.token":
+            tensor = tensor[None]  # [1, tokens, C]
+        name = {native: plain for plain, native in _PLAIN_TO_NATIVE.items()}.get(name, name)
+    if str(args.get("model")) in DINO_STUDENTS:
+        name = f"inner.{name}"
+    return name, tensor
+
+
+def _with_dtypes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with dtype names turned into dtypes, as the official code expects them."""
+    named = {k: args[k] for k in _DTYPE_ARGS if isinstance(args.get(k), str)}
+    return {**args, **{k: torch_dtype(name) for k, name in named.items()}}

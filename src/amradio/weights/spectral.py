@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amradio.errors import CheckpointError
+
 _ORIGINAL = ".parametrizations.weight.original"
 _UNIT = re.compile(
     r"^(?P<layer>.+)\.parametrizations\.weight\.\d+\.(?:parts\.(?P<part>\d+)\.)?(?P<name>scale|_u|_v|_sn_version)$"
@@ -56,6 +58,9 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSetti
 
     Returns:
         The state dict with ``X.weight`` instead, in float32.
+
+    Raises:
+        CheckpointError: A parametrisation lacks tensors, or their shapes do not fit the weight.
     """
     units: dict[str, dict[int, dict[str, Tensor]]] = {}
     folded: dict[str, Tensor] = {}
@@ -70,8 +75,7 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSetti
         weight = tensors[key].float()
         parts = units.pop(layer, {})
         if parts:
-            rows = weight.chunk(len(parts))
-            weight = torch.cat([_effective(w, parts[i], settings) for i, w in enumerate(rows)])
+            weight = _rescaled(layer, weight, parts, settings)
         folded[f"{layer}.weight"] = weight
     for layer, parts in units.items():  # vectors without a weight: left for the key accounting to report
         folded |= {
@@ -80,10 +84,35 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSetti
     return folded
 
 
+def _rescaled(
+    layer: str, weight: Tensor, parts: Mapping[int, Mapping[str, Tensor]], settings: SpectralSettings
+) -> Tensor:
+    """A weight [rows, columns] made of equal parts of rows, each rescaled by itself."""
+    missing = [f"part {i}" for i in range(len(parts)) if i not in parts]
+    needed = ("scale",) if weight.ndim == 1 else ("scale", "_u", "_v")
+    missing += [f"{name} of part {i}" for i, part in sorted(parts.items()) for name in needed if name not in part]
+    if missing:
+        raise CheckpointError(f"The spectral parametrisation of {layer} is incomplete: it lacks {', '.join(missing)}.")
+    if weight.ndim not in (1, 2) or weight.shape[0] % len(parts):
+        raise CheckpointError(
+            f"The spectral parametrisation of {layer} has {len(parts)} equal parts of rows, which its weight "
+            f"{list(weight.shape)} cannot be cut into."
+        )
+    rows = weight.chunk(len(parts))
+    for i, w in enumerate(rows):
+        shapes = [list(parts[i][name].shape) for name in needed[1:]]
+        if parts[i]["scale"].numel() != 1 or shapes != [[n] for n in w.shape[: len(shapes)]]:
+            raise CheckpointError(
+                f"The spectral parametrisation of {layer} has a scale of shape {list(parts[i]['scale'].shape)} and "
+                f"vectors of shapes {shapes} in part {i}, which do not fit its weight {list(w.shape)}."
+            )
+    return torch.cat([_effective(w, parts[i], settings) for i, w in enumerate(rows)])
+
+
 def _effective(weight: Tensor, unit: Mapping[str, Tensor], settings: SpectralSettings) -> Tensor:
     """One unit's weight [rows, columns], rescaled to its learned spectral norm."""
     eps = settings.eps
-    scale = unit["scale"].float()
+    scale = unit["scale"].float().reshape(())
     if weight.ndim == 1:
         sigma = weight.norm() + eps
     else:
