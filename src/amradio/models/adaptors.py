@@ -125,9 +125,9 @@ def upsample_tokens(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tenso
     """
     if factor == 1:
         return tokens
-    b, (h, w), u = tokens.shape[0], grid, factor
-    x = tokens.reshape(b, h, w, u, u, -1).transpose(2, 3)  # [B, h, u, w, u, C]
-    return x.reshape(b, h * u * w * u, -1)
+    b, (h, w), u, c = tokens.shape[0], grid, factor, tokens.shape[-1] // factor**2
+    x = tokens.reshape(b, h, w, u, u, c).transpose(2, 3)  # [B, h, u, w, u, C]
+    return x.reshape(b, h * u * w * u, c)
 
 
 class TextSide(Protocol):

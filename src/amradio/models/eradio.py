@@ -119,7 +119,8 @@ class Stage(nn.Module):
         # The map itself is resized until windows fit: the weights take that better than padding.
         step, size = self.window_size * self.subsample, x.shape[-2:]
         fitting = (-(-size[0] // step) * step, -(-size[1] // step) * step)
-        if fitting == tuple(size):
+        # Resizing to the same size is the identity, so a compiled graph leaves the branch (and its guards) out.
+        if not torch.compiler.is_compiling() and fitting == tuple(size):
             return self.blocks(x)  # type: ignore[no-any-return]
         x = F.interpolate(x, size=fitting, mode="nearest")
         return F.interpolate(self.blocks(x), size=size, mode="nearest")

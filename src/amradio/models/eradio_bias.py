@@ -6,79 +6,20 @@ It is Swin v2's continuous log-spaced bias (arXiv 2111.09883, section 3.3), so w
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amradio.models.patches import caching_is_safe
+from amradio.models.cache import TensorCache, caching_is_safe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 COORDS_SPAN = 8  # normalised offsets reach from -8 to 8 before the logarithm
 BIAS_SPAN = 16  # the bias of a pair of tokens lies between 0 and 16
-
-
-class BiasCache:
-    """Position biases, kept for one state of the tensors that they are computed from.
-
-    Nothing here is part of the state dict. The cache holds aliases of its sources: as long as it does, no other tensor
-    can get their addresses, so equal addresses and versions mean equal values. (Writing through ``parameter.data`` is
-    the one change that torch counts nowhere, so it goes unnoticed.)
-    """
-
-    def __init__(self, capacity: int = 4) -> None:
-        self.capacity = capacity
-        self._sources: tuple[Tensor, ...] = ()
-        self._versions: tuple[int, ...] = ()
-        self._entries: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-
-    def get(self, sources: Sequence[Tensor], key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the entry of `key` for the present values of `sources`, computing it if needed.
-
-        Args:
-            sources: Everything with values that the result depends on.
-            key: What else it depends on.
-            compute: Computes the result.
-
-        Returns:
-            The cached or computed tensor. Not to be written to.
-        """
-        if any(s.is_inference() for s in sources):  # without a version counter, a change could not be noticed
-            return compute()
-        if not self._is_current(sources):
-            self.clear()
-            self._sources = tuple(s.detach() for s in sources)
-            self._versions = tuple(s._version for s in sources)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        with torch.inference_mode(False), torch.no_grad():  # so that the value is of use outside inference mode too
-            value = self._entries[key] = compute()
-        if len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
-        return value
-
-    def _is_current(self, sources: Sequence[Tensor]) -> bool:
-        return len(self._sources) == len(sources) and all(
-            held.data_ptr() == s.data_ptr() and held.device == s.device and version == s._version
-            for held, version, s in zip(self._sources, self._versions, sources, strict=True)
-        )
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._sources, self._versions = (), ()
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BiasCache:
-        return BiasCache(self.capacity)
-
-    def __reduce__(self) -> tuple[type[BiasCache], tuple[int]]:
-        return BiasCache, (self.capacity,)
 
 
 def relative_coords(window: int, trained_window: int) -> Tensor:
@@ -137,7 +78,7 @@ class PositionBias(nn.Module):
         super().__init__()
         self.trained_window = window
         self.window_size = window
-        self._cache = BiasCache()
+        self._cache = TensorCache(capacity=4)
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, hidden_dim),
             nn.ReLU(),

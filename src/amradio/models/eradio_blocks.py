@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amradio.models.cache import caching_is_safe
 from amradio.models.eradio_bias import PositionBias
-from amradio.models.patches import caching_is_safe
 from amradio.models.windows import from_windows, to_windows
 
 Activation = Literal["none", "relu", "gelu", "silu"]
@@ -48,16 +48,20 @@ class ConvBN(nn.Module):
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to maps [B, in_chans, H, W]: [B, out_chans, H / stride, W / stride]."""
-        x = self._matmul(x) if self._is_weight_bound(x) else self.conv(x)
+        """Apply to maps [B, in_chans, H, W], sides multiples of the stride: [B, out_chans, H / stride, W / stride]."""
+        y = self._matmul(x) if self._is_weight_bound(x) else self.conv(x)
+        if self.conv.stride[0] == 2 and torch.compiler.is_compiling():
+            # Cuts nothing off, as sides are even. A compiler knows the size of the result as (H - 1) // 2 + 1, which
+            # nested five times with a symbolic H costs it minutes; this says that it is H // 2.
+            y = y.narrow(2, 0, x.shape[2] // 2).narrow(3, 0, x.shape[3] // 2)
         if self.bn is not None:
-            x = self.bn(x)
+            y = self.bn(y)
         # In place: neither a convolution nor a batch norm needs its own output for the backward pass.
         if self.activation == "silu":
-            return F.silu(x, inplace=True)
+            return F.silu(y, inplace=True)
         if self.activation == "relu":
-            return F.relu(x, inplace=True)
-        return F.gelu(x) if self.activation == "gelu" else x
+            return F.relu(y, inplace=True)
+        return F.gelu(y) if self.activation == "gelu" else y
 
     def _is_weight_bound(self, x: Tensor) -> bool:
         """Whether re-packing the weights, which oneDNN does at each call, would outweigh the convolution itself.

@@ -45,10 +45,12 @@ class InputConditioner(nn.Module):
         return conditioned * self.norm_std + self.norm_mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputConditioner:
+        exact = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype != torch.float32:
-                self._buffers[name] = self._buffers[name].float()  # type: ignore[union-attr]
+            before = exact[name]
+            if buffer is not None and before is not None and buffer.dtype != before.dtype:
+                self._buffers[name] = before.to(buffer.device)  # moved, but not cast there and back
         return self
 
 

@@ -7,77 +7,20 @@ image's patch grid and cropped; in training a random crop is sampled (AM-RADIO, 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amradio.errors import OptionError, ResolutionError
+from amradio.models.cache import TensorCache, caching_is_safe
 from amradio.models.configs import PositionInterpolation, ViTConfig
 
 POSITION_DROPOUT = 0.1
 MIN_CROP = math.sqrt(0.1)
 MAX_ASPECT = 4 / 3
-
-
-class PositionCache:
-    """Resized position embeddings, kept for one state of one parameter.
-
-    Nothing here is part of the state dict. The cache holds an alias of the parameter's storage: as long as it does, no
-    other tensor can get the same address, so an equal address and version mean equal values.
-    """
-
-    def __init__(self, capacity: int = 32) -> None:
-        self.capacity = capacity
-        self._source: Tensor | None = None
-        self._version = -1
-        self._entries: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-
-    def get(self, source: Tensor, key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the entry of `key` for the present values of `source`, computing it if needed.
-
-        Args:
-            source: The parameter.
-            key: What else the result depends on.
-            compute: Computes the result from `source`.
-
-        Returns:
-            The cached or computed tensor. Not to be written to.
-        """
-        if source.is_inference():  # has no version counter, so a change could not be noticed
-            return compute()
-        held = self._source
-        if held is None or held.data_ptr() != source.data_ptr() or self._version != source._version:
-            self.clear()
-            self._source, self._version = source.detach(), source._version
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        with torch.inference_mode(False), torch.no_grad():  # so that the value is of use outside inference mode too
-            value = self._entries[key] = compute()
-        if len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
-        return value
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._source = None
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PositionCache:
-        return PositionCache(self.capacity)
-
-    def __reduce__(self) -> tuple[type[PositionCache], tuple[int]]:
-        return PositionCache, (self.capacity,)
-
-
-def caching_is_safe() -> bool:
-    """Whether results may be kept between calls: not while gradients are on, nor while compiling or exporting."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class PrefixTokens(nn.Module):
@@ -109,7 +52,7 @@ class PatchGenerator(nn.Module):
         self.config = config
         self.interpolation = interpolation
         self.num_video_frames: int | None = None
-        self._cache = PositionCache()
+        self._cache = TensorCache()
         c, rows = config.embed_dim, config.position_grid[0] * config.position_grid[1]
         if config.position_of_prefix:
             rows += config.num_prefix_tokens
@@ -171,7 +114,7 @@ class PatchGenerator(nn.Module):
         if not caching_is_safe():
             return self._resized(grid)
         key = (*grid, self.pos_embed.device, self.pos_embed.dtype, self.interpolation)
-        return self._cache.get(self.pos_embed, key, lambda: self._resized(grid))
+        return self._cache.get((self.pos_embed,), key, lambda: self._resized(grid))
 
     def training_positions(self, batch: int, grid: tuple[int, int]) -> Tensor:
         """Random crops of the position grid, one for each image, or one for each video in video mode.

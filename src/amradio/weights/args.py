@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amradio.errors import CheckpointError, ConfigError
+from amradio.errors import AmradioError, CheckpointError, ConfigError
 from amradio.models.architectures import DINO_STUDENTS, build_vit_config, vit_arguments
 from amradio.models.configs import AdaptorConfig, ERadioConfig, HeadConfig, RadioConfig, ViTConfig, from_json
 from amradio.models.eradio import ERADIO_VARIANTS
 
 DINO_PREFIX_TOKENS = 5
+_TRUNK_ARGUMENTS = ("model", "model_kwargs", "cpe_max_size", "register_multiple", "cpe_num_registers", "in_chans", "input_size")
 _ERADIO_IGNORED = ("return_full_features", "pretrained", "num_classes")
 
 
@@ -30,8 +31,21 @@ def backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
 
     Raises:
         CheckpointError: A needed argument is missing.
-        ConfigError: The architecture or one of its settings is unknown.
+        ConfigError: The architecture or one of its settings is unknown, or has a value that makes no sense.
     """
+    try:
+        return _backbone_of(args)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+        if isinstance(e, AmradioError):
+            raise
+        shown = {k: args.get(k) for k in _TRUNK_ARGUMENTS if args.get(k) is not None}
+        raise ConfigError(
+            f"The checkpoint's training arguments describe no network ({type(e).__name__}: {e}). Those of the trunk are "
+            f"{str(shown)[:500]}."
+        ) from e
+
+
+def _backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
     name = str(_required(args, "model"))
     _check_teachers(args)
     model_kwargs = dict(args.get("model_kwargs") or {})

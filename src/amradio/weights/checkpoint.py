@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amradio.errors import CheckpointError, CheckpointKeyError, CheckpointShapeError
+from amradio.errors import AmradioError, CheckpointError, CheckpointKeyError, CheckpointShapeError
 from amradio.models.configs import ERadioConfig, RadioConfig
 from amradio.models.radio import Compat, RadioModel
 
@@ -139,8 +139,7 @@ def build_model(
     """
     source = checkpoint.identity.source
     _check_depth(checkpoint)
-    with torch.device("meta"):
-        model = RadioModel(checkpoint.config, adaptors, compat)
+    model = _on_meta(checkpoint, adaptors, compat)
     _cast(model, checkpoint.config.dtype)
     wanted = {k: v for k, v in model.state_dict().items() if k != "summary_idxs"}
     have = checkpoint.tensors
@@ -162,6 +161,19 @@ def build_model(
     model.load_state_dict(filled, strict=True, assign=True)
     model.identity = checkpoint.identity
     return model.eval(), report
+
+
+def _on_meta(checkpoint: Checkpoint, adaptors: Sequence[str], compat: Compat) -> RadioModel:
+    """The model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return RadioModel(checkpoint.config, adaptors, compat)
+    except (RuntimeError, TypeError, OverflowError) as e:
+        if isinstance(e, AmradioError):
+            raise
+        raise CheckpointShapeError(
+            f"{checkpoint.identity.source} describes a model of impossible sizes: {str(e).splitlines()[0][:300]}"
+        ) from e
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from amradio.errors import CheckpointError, CheckpointShapeError, LayoutError
+from amradio.models.architectures import DINO_STUDENTS
 from amradio.models.configs import (
     AdaptorConfig,
     ERadioConfig,
@@ -147,6 +148,8 @@ def _describe(
     described = describe(args, trunk_only)
     b = described.backbone
     recorded = config.get("adaptor_configs") or {}
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError(f"The adaptor_configs in the {CONFIG} of {source} must be an object, got {recorded!r}.")
     adaptors = {
         name: _adaptor(name, recorded.get(name), args, b, with_prefix(tensors, f"adaptors.{name}."), source)
         for name in _in_teacher_order(names_in(tensors, "adaptors."), args)
@@ -155,10 +158,7 @@ def _describe(
     if "feature_normalizer_config" in config:
         normalizers["feature_normalizer"] = config["feature_normalizer_config"] is not None
     if "inter_feature_normalizer_config" in config:
-        inter = config["inter_feature_normalizer_config"]
-        normalizers["inter_normalizer"] = inter and InterNormalizerConfig(
-            num_intermediates=inter["num_intermediates"], rotation_per_layer=inter["rot_per_layer"]
-        )
+        normalizers["inter_normalizer"] = _inter_normalizer(config["inter_feature_normalizer_config"], source)
     return dataclasses.replace(
         described,
         adaptors=adaptors,
@@ -166,6 +166,19 @@ def _describe(
         **normalizers,
         **_version_fields(config),
     )
+
+
+def _inter_normalizer(recorded: Any, source: str) -> InterNormalizerConfig | None:
+    if recorded is None:
+        return None
+    try:
+        return InterNormalizerConfig(
+            num_intermediates=int(recorded["num_intermediates"]), rotation_per_layer=bool(recorded["rot_per_layer"])
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"The inter_feature_normalizer_config in the {CONFIG} of {source} is incomplete ({type(e).__name__}: {e})."
+        ) from e
 
 
 def _summary_idxs(stored: Tensor | None, args: Mapping[str, Any], b: ViTConfig | ERadioConfig) -> tuple[int, ...]:
@@ -195,8 +208,14 @@ def _adaptor(
 ) -> AdaptorConfig:
     """One adaptor; versions and sizes are those of its tensors, slot and upsampling those of its record."""
     if recorded is not None:
-        head_idx = int(recorded["head_idx"])
-        upsample = int(recorded["feature"].get("upsample_factor") or 1)
+        try:
+            head_idx = int(recorded["head_idx"])
+            upsample = int(recorded["feature"].get("upsample_factor") or 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise CheckpointError(
+                f"The record of adaptor {name!r} in the {CONFIG} of {source} is incomplete ({type(e).__name__}: {e}); "
+                f"it needs 'head_idx', 'summary' and 'feature'."
+            ) from e
     else:
         teacher = next((t for t in args.get("teachers") or [] if t["name"] == name), None)
         if teacher is None:
@@ -284,8 +303,21 @@ def _head_json(head: HeadConfig) -> dict[str, Any]:
     return {k: getattr(head, k) for k in ("input_dim", "hidden_dim", "output_dim", "num_inner")}
 
 
+def _stored_idxs(config: RadioConfig, args: Mapping[str, Any]) -> tuple[int, ...]:
+    """The summary tokens as stored.
+
+    Trunks with a single summary vector never use them, but the official class insists on as many as it counts teachers.
+    """
+    b = config.backbone
+    if not isinstance(b, ViTConfig) or b.position == "fixed" or args["model"] in DINO_STUDENTS:
+        teachers = args.get("teachers") or []
+        return tuple(i for i, t in enumerate(teachers) if t.get("use_summary", True)) or (0,)
+    return config.summary_idxs
+
+
 def _state(checkpoint: Checkpoint, args: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = {_ROOT + _SUMMARY_IDXS: torch.tensor(checkpoint.config.summary_idxs, dtype=torch.int64)}
+    indices = _stored_idxs(checkpoint.config, args)
+    state = {_ROOT + _SUMMARY_IDXS: torch.tensor(indices, dtype=torch.int64)}
     for name, tensor in checkpoint.tensors.items():
         if name.startswith(_TRUNK):
             trunk, tensor = native_to_trunk(name[len(_TRUNK) :], tensor, args)

@@ -22,7 +22,7 @@ from amradio.weights.files import atomic_file
 from amradio.weights.pickles import load_pickle
 from amradio.weights.spectral import SpectralSettings, fold_parametrizations
 from amradio.weights.synthesis import args_from_config
-from amradio.weights.tensorfiles import owned
+from amradio.weights.tensorfiles import is_safetensors, owned
 
 NAME = "official"
 
@@ -33,7 +33,7 @@ _NORMALIZERS = {
     "_intermediate_feature_normalizer.": "inter_feature_normalizer.",
 }
 _LAYER_SCALE = re.compile(r"^(blocks\.\d+\.ls[12])\.(?:gamma|grandma)$")
-_PICKLE_START = b"\x80"
+_PICKLE_PROTO, _MAX_PROTOCOL = 0x80, 5  # the first bytes of a pickle: an opcode and the protocol version
 _DTYPE_ARGS = ("dtype", "amp_dtype")
 
 
@@ -45,7 +45,8 @@ def matches(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     with path.open("rb") as f:
-        return f.read(1) == _PICKLE_START
+        start = f.read(2)
+    return len(start) == 2 and start[0] == _PICKLE_PROTO and start[1] <= _MAX_PROTOCOL and not is_safetensors(path)
 
 
 def read(path: Path) -> Checkpoint:

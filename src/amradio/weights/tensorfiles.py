@@ -143,7 +143,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """
     with atomic_file(path) as part:
         try:
-            save_file({k: _packed(v) for k, v in tensors.items()}, part, metadata=dict(metadata))
+            save_file(_apart(tensors), part, metadata=dict(metadata))
         except SafetensorError as e:
             raise CheckpointError(f"{path} cannot be written: {e}. Nothing is left behind.") from e
 
@@ -180,6 +180,18 @@ def config_of(path: Path) -> dict[str, Any]:
 def to_json_text(value: Mapping[str, Any]) -> str:
     """The text of a ``config.json``."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors of which no two overlap in memory, which the format insists on: tied weights become copies."""
+    packed = {k: _packed(v) for k, v in tensors.items()}
+    end = 0
+    for name, tensor in sorted(packed.items(), key=lambda item: item[1].data_ptr()):
+        start = tensor.data_ptr()
+        if start < end:
+            packed[name] = tensor.clone()
+        end = max(end, start + tensor.nbytes)
+    return packed
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -141,6 +141,11 @@ def _parse(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) 
     unlike = [f"{k}={known[k]!r}" for k, wanted in _FIXED.items() if known[k] != wanted]
     if unlike:
         raise LayoutError(f"{source} has {', '.join(unlike)}, which amradio has no model for.")
+    wrong = [
+        f"{k}={v!r}" for k, v in known.items() if isinstance(_DEFAULTS[k], int) and type(v) is not type(_DEFAULTS[k])
+    ]
+    if wrong:
+        raise CheckpointError(f"The {CONFIG} of {source} has values of the wrong type: {', '.join(wrong)}.")
     tensors = _to_native(state, source)
     layer_scale = _without_identity_scales(tensors, known["layerscale_value"])
     grid = known["max_img_size"] // known["patch_size"]
