@@ -80,7 +80,7 @@ def test_a_second_run_needs_overwrite(
     words = ["features", str(photos / "0.png"), "-m", checkpoint, "-o", str(tmp_path / "out")]
     assert main(words) == 0
     assert main(words) == 1
-    assert "overwrite" in capsys.readouterr().err
+    assert "overwritten" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
 
 

@@ -342,7 +342,7 @@ def test_layouts_of_other_libraries_load_identically_or_say_why_not(
         with pytest.raises(LayoutError, match=f"The {layout} layout cannot represent .* has {reason}"):
             amradio.save(model, tmp_path / "model", layout, backbone_only=True)
         return
-    with pytest.raises(LayoutError, match="adaptors? .*clip.*backbone_only=True"):
+    with pytest.raises(LayoutError, match=r"adaptors? .*clip.*backbone_only=True"):
         amradio.save(model, tmp_path / "model", layout)
     amradio.save(model, tmp_path / "model", layout, backbone_only=True)
     images = images_for(model)

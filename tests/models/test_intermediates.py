@@ -96,9 +96,7 @@ def slow(model: RadioModel, states: list[Tensor], index: int, previous: int, agg
 @pytest.mark.parametrize("aggregation", ["sparse", "dense"])
 @pytest.mark.parametrize("scheme", ["none", "pre-alpha", "post-alpha"])
 @torch.no_grad()
-def test_aggregation(
-    toy: Toy, by_hand: ByHand, rotation_per_layer: bool | None, aggregation: Any, scheme: Any
-) -> None:
+def test_aggregation(toy: Toy, by_hand: ByHand, rotation_per_layer: bool | None, aggregation: Any, scheme: Any) -> None:
     model = build(toy, rotation_per_layer)
     images = torch.rand(2, 3, 32, 48)
     states = by_hand(model, images)

@@ -122,7 +122,8 @@ def test_a_fixed_position_embedding_refuses_other_sizes() -> None:
     with pytest.raises(ResolutionError) as raised:
         generator("fixed", position_grid=(5, 6))(torch.zeros(1, 3, 20, 20))
     assert str(raised.value) == (
-        "This model has a fixed position embedding for 20x24 images (height x width), got 20x20. Resize the images to 20x24."
+        "This model has a fixed position embedding for 20x24 images (height x width), got 20x20. Resize the images to "
+        "20x24."
     )
 
 

@@ -114,8 +114,8 @@ def test_wrong_size_word_for_word(toy: Toy) -> None:
     with pytest.raises(ResolutionError) as raised:
         toy(NAME)(torch.rand(1, 3, 64, 90))
     assert str(raised.value) == (
-        "The input resolution must be a multiple of `self.min_resolution_step=16` on both sides, got 64x90 (height x width). "
-        "The nearest supported size is 64x96; `get_nearest_supported_resolution(height, width)` computes it."
+        "The input resolution must be a multiple of `self.min_resolution_step=16` on both sides, got 64x90 (height x "
+        "width). The nearest supported size is 64x96; `get_nearest_supported_resolution(height, width)` computes it."
     )
 
 
@@ -140,7 +140,7 @@ def test_a_token_slot_beyond_the_prefix_tokens_is_refused(make_args: Args) -> No
     config = official.describe(make_args(NAME), {})
     head = HeadConfig(input_dim=32, hidden_dim=8, output_dim=8)
     with_slot = {"x": AdaptorConfig(head_idx=4, summary=head, features=head)}
-    with pytest.raises(ConfigError, match=r"The summary of adaptor 'x' reads prefix token 4, but the trunk has 4 prefix"):
+    with pytest.raises(ConfigError, match=r"^The summary of adaptor 'x' reads prefix token 4, but the trunk has 4 "):
         RadioModel(RadioConfig(backbone=config.backbone, adaptors=with_slot), ["x"])
     with pytest.raises(ConfigError, match=r"The backbone summary reads prefix token 5, but the trunk has 4 prefix"):
         RadioModel(RadioConfig(backbone=config.backbone, summary_idxs=(0, 5)))
@@ -148,7 +148,7 @@ def test_a_token_slot_beyond_the_prefix_tokens_is_refused(make_args: Args) -> No
 
 def test_no_class_token_needs_mean_pooling(make_args: Args) -> None:
     without = make_args(NAME, model_kwargs={"class_token": False})
-    with pytest.raises(ConfigError, match="The backbone summary reads prefix token 0, but the trunk has 0 prefix tokens"):
+    with pytest.raises(ConfigError, match=r"^The backbone summary reads prefix token 0, but the trunk has 0 prefix"):
         RadioModel(official.describe(without, {}))
     model = RadioModel(official.describe(without | {"gp": "avg"}, {})).eval()
     assert model.num_summary_tokens == 0
@@ -207,8 +207,8 @@ def test_unknown_adaptor_and_view(toy: Toy) -> None:
     with pytest.raises(UnknownAdaptorError) as raised:
         toy(NAME, ["clip"]).view("clap")
     assert str(raised.value) == (
-        "No adaptor 'clap' is loaded, only ['backbone', 'clip']. Load the model with adaptors=['clap'] if the checkpoint has "
-        "it. Nearest names: clip."
+        "No adaptor 'clap' is loaded, only ['backbone', 'clip']. Load the model with adaptors=['clap'] if the checkpoint "
+        "has it. Nearest names: clip."
     )
 
 

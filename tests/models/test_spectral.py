@@ -57,13 +57,17 @@ class Nothing(nn.Module):
         return weight
 
 
-def network(parts: dict[str, int], version: int, eps: float = 1e-6, iterations: int = 1, damp: bool = False) -> nn.Module:
+def network(
+    parts: dict[str, int], version: int, eps: float = 1e-6, iterations: int = 1, damp: bool = False
+) -> nn.ModuleDict:
     torch.manual_seed(0)
-    net = nn.ModuleDict({"qkv": nn.Linear(4, 12), "w12": nn.Linear(4, 10), "fc1": nn.Linear(4, 7), "plain": nn.Linear(4, 3)})
+    rows = {"qkv": 12, "w12": 10, "fc1": 7, "plain": 3}
+    net = nn.ModuleDict({name: nn.Linear(4, n) for name, n in rows.items()})
     for name, count in parts.items():
-        linear = net[name]
-        module = InParts if count > 1 else lambda w, _, *a: Spectral(w, *a)
-        parametrize.register_parametrization(linear, "weight", module(linear.weight.detach(), count, version, eps, iterations))
+        linear, settings = net[name], (version, eps, iterations)
+        weight = linear.weight.detach()
+        module = InParts(weight, count, *settings) if count > 1 else Spectral(weight, *settings)
+        parametrize.register_parametrization(linear, "weight", module)
         if damp:
             parametrize.register_parametrization(linear, "weight", Nothing())
     return net
@@ -97,6 +101,13 @@ def test_folding_is_one_forward_in_training_mode(
         assert torch.equal(folded[f"{name}.bias"], state[f"{name}.bias"])
 
 
+def test_settings_must_be_numbers() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"have spectral_reparam=\{'eps': 'x'\}: could not convert string to float"
+    ):
+        SpectralSettings.of({"eps": "x"})
+
+
 def test_folding_twice_gives_the_same() -> None:
     state = network(PARTS, 2).state_dict()
     before = {k: v.clone() for k, v in state.items()}
@@ -110,7 +121,8 @@ def test_folding_twice_gives_the_same() -> None:
 def test_half_precision_is_folded_in_float32() -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in network(PARTS, 2).state_dict().items()}
     folded = fold_parametrizations(state, SpectralSettings())
-    want = fold_parametrizations({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, SpectralSettings())
+    widened = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    want = fold_parametrizations(widened, SpectralSettings())
     assert folded["qkv.weight"].dtype == torch.float32
     assert torch.equal(folded["qkv.weight"], want["qkv.weight"])
 
@@ -181,7 +193,7 @@ def test_a_missing_part_is_named() -> None:
         ("fc1.parametrizations.weight.0._v", torch.ones(4, 1), r"do not fit its weight \[7, 4\]"),
         ("fc1.parametrizations.weight.0.scale", torch.ones(7, 1), r"of fc1 has a scale of shape \[7, 1\]"),
         ("qkv.parametrizations.weight.original", torch.ones(11, 4), r"of qkv has 3 equal parts of rows"),
-        ("fc1.parametrizations.weight.original", torch.ones(7, 4, 1), r"of fc1 has 1 equal parts of rows, .* \[7, 4, 1\]"),
+        ("fc1.parametrizations.weight.original", torch.ones(7, 4, 1), r"of fc1 has 1 equal parts .* \[7, 4, 1\]"),
         ("fc1.parametrizations.weight.original", torch.ones(()), r"of fc1 has 1 equal parts of rows"),
     ],
 )

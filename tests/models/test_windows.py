@@ -65,7 +65,7 @@ def test_published_schedules(depth: int, rule: dict[str, int], expected: tuple[i
 
 
 @given(st.integers(1, 60), st.none() | st.integers(1, 12), st.none() | st.integers(1, 12))
-def test_schedule_is_that_of_a_walk_over_the_blocks(depth: int, num_windowed: int | None, num_global: int | None) -> None:
+def test_schedule_is_that_of_a_walk(depth: int, num_windowed: int | None, num_global: int | None) -> None:
     """The rule as it is written down: switch to windows when a period begins, and back at its last block."""
     period = num_windowed + 1 if num_windowed is not None else max(depth // (num_global or 4), 1)
     windowed, walked = False, []

@@ -113,16 +113,17 @@ def test_an_incomplete_checkpoint_is_not_spread(tmp_path: Path) -> None:
     with pytest.raises(CheckpointKeyError) as raised:
         convert(source, tmp_path / "m.safetensors")
     assert str(raised.value) == (
-        f"{source} does not fit the model that it describes, so it is not written anywhere: missing "
-        f"model.blocks.0.norm1.bias, missing model.blocks.1.norm2.weight, unexpected model.foo.weight, unexpected "
-        f"model.cls, unexpected unrelated."
+        f"The tensors in {source} do not fit the model that it describes.\n"
+        f"Missing (2): model.blocks.0.norm1.bias, model.blocks.1.norm2.weight.\n"
+        f"Unexpected (3): model.foo.weight, model.cls, unrelated.\n"
+        f"It is not written anywhere."
     )
 
 
 def test_contradicting_shapes_are_not_spread(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(MODELS / "p14_single.pth.tar")
     checkpoint.tensors["model.blocks.0.norm1.bias"] = torch.zeros(3)
-    with pytest.raises(CheckpointShapeError, match=r"model.blocks.0.norm1.bias is \[3\], expected \[64\]\.$"):
+    with pytest.raises(CheckpointShapeError, match=r"model.blocks.0.norm1.bias is \[3\], expected \[64\]\."):
         save(checkpoint, tmp_path / "m.safetensors")
     deep = dataclasses.replace(checkpoint.config.backbone, depth=10**9)
     broken = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, backbone=deep))

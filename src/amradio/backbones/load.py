@@ -68,7 +68,6 @@ class Overrides:
         return given
 
 
-@torch.inference_mode(False)  # or parameters loaded inside inference mode could never take part in training
 def load(
     version_or_path: str | os.PathLike[str] = "",
     adaptors: str | Sequence[str] | None = None,
@@ -138,19 +137,20 @@ def load(
     hub = HubOptions(
         token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, progress=progress
     )
-    model, report = load_with_report(
-        os.fspath(version_or_path),
-        [adaptors] if isinstance(adaptors, str) else list(adaptors or ()),
-        vitdet_window_size=vitdet_window_size,
-        position_interpolation=position_interpolation,
-        strict=strict,
-        overrides=overrides,
-        compat=compat,
-        hub=hub,
-    )
-    if report:
-        warnings.warn(report.describe(model.identity.source), stacklevel=2)
-    return _placed(model, device, dtype)
+    with torch.inference_mode(False):  # parameters made inside inference mode could never take part in training
+        model, report = load_with_report(
+            os.fspath(version_or_path),
+            [adaptors] if isinstance(adaptors, str) else list(adaptors or ()),
+            vitdet_window_size=vitdet_window_size,
+            position_interpolation=position_interpolation,
+            strict=strict,
+            overrides=overrides,
+            compat=compat,
+            hub=hub,
+        )
+        if report:
+            warnings.warn(report.describe(model.identity.source), stacklevel=2)
+        return _placed(model, device, dtype)
 
 
 def load_with_report(
@@ -297,7 +297,7 @@ def _say_licence(entry: CatalogEntry) -> None:
         f"commercial use. "
         f"The c-radio models allow commercial use.",
         NonCommercialWarning,
-        stacklevel=5,
+        stacklevel=4,
     )
 
 

@@ -16,7 +16,7 @@ from amradio.models.configs import AdaptorConfig, ERadioConfig, HeadConfig, Radi
 from amradio.models.eradio import ERADIO_VARIANTS
 
 DINO_PREFIX_TOKENS = 5
-_TRUNK_ARGUMENTS = ("model", "model_kwargs", "cpe_max_size", "register_multiple", "cpe_num_registers", "in_chans", "input_size")
+_TRUNK_ARGS = ("model", "model_kwargs", "cpe_max_size", "register_multiple", "cpe_num_registers", "in_chans")
 _ERADIO_IGNORED = ("return_full_features", "pretrained", "num_classes")
 
 
@@ -38,16 +38,16 @@ def backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
         if isinstance(e, AmradioError):
             raise
-        shown = {k: args.get(k) for k in _TRUNK_ARGUMENTS if args.get(k) is not None}
+        shown = {k: args[k] for k in _TRUNK_ARGS if args.get(k) is not None}
         raise ConfigError(
-            f"The checkpoint's training arguments describe no network ({type(e).__name__}: {e}). Those of the trunk are "
-            f"{str(shown)[:500]}."
+            f"The checkpoint's training arguments describe no network ({type(e).__name__}: {e}). Those of the trunk "
+            f"are {str(shown)[:500]}."
         ) from e
 
 
 def _backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
+    check_arguments(args)
     name = str(_required(args, "model"))
-    _check_teachers(args)
     model_kwargs = dict(args.get("model_kwargs") or {})
     if name in ERADIO_VARIANTS:
         return _eradio(name, model_kwargs)
@@ -141,7 +141,17 @@ def _cpe_grid(max_size: int, patch: int) -> int:
     return grid
 
 
-def _check_teachers(args: Mapping[str, Any]) -> None:
+def check_arguments(args: Any) -> None:
+    """Refuse training arguments without the shape that everything else relies on.
+
+    Args:
+        args: What a checkpoint has in their place.
+
+    Raises:
+        CheckpointError: They are no JSON object, or ``teachers`` is no list of records with a name.
+    """
+    if not isinstance(args, Mapping):
+        raise CheckpointError(f"The checkpoint's training arguments are no record but {str(args)[:200]}.")
     teachers = args.get("teachers") or []
     if not isinstance(teachers, (list, tuple)) or not all(
         isinstance(t, Mapping) and isinstance(t.get("name"), str) for t in teachers

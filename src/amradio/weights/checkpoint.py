@@ -46,7 +46,7 @@ class Checkpoint:
         config: What to build.
         tensors: Weights by the names of `RadioModel.state_dict` with all adaptors. Names that no part of the model
             knows are kept, so that building can report them.
-        unused: Tensors that the source layout stores by design though no model reads them, by their names there.
+        unused: Tensors that official layouts store by design though no model reads them, by their official names.
         identity: Where it came from.
     """
 
@@ -108,7 +108,6 @@ class KeyReport:
             lines.append(f"Missing ({len(self.missing)}): {', '.join(self.missing)}.")
         if self.unexpected:
             lines.append(f"Unexpected ({len(self.unexpected)}): {', '.join(self.unexpected)}.")
-        lines.append("Pass strict=False to load what fits, with missing tensors at their initial values.")
         return "\n".join(lines)
 
 
@@ -137,21 +136,14 @@ def build_model(
         CheckpointShapeError: A tensor's shape contradicts the description.
         UnknownAdaptorError: The checkpoint has no such adaptor.
     """
-    source = checkpoint.identity.source
-    _check_depth(checkpoint)
-    model = _on_meta(checkpoint, adaptors, compat)
-    _cast(model, checkpoint.config.dtype)
-    wanted = {k: v for k, v in model.state_dict().items() if k != "summary_idxs"}
-    have = checkpoint.tensors
-    left_out = tuple(f"adaptors.{name}." for name in checkpoint.config.adaptors if name not in adaptors)
-    report = KeyReport(
-        missing=tuple(k for k in wanted if k not in have),
-        unexpected=tuple(k for k in have if k not in wanted and not k.startswith(left_out)),
-    )
+    model, report = lay_out(checkpoint, adaptors, compat)
     if report and strict:
-        raise CheckpointKeyError(report.describe(source))
-    _check_shapes(wanted, have, source)
-    filled = {k: have[k].to(dtype=v.dtype, copy=True) for k, v in wanted.items() if k in have}
+        raise CheckpointKeyError(
+            f"{report.describe(checkpoint.identity.source)}\nPass strict=False to load what fits, with missing tensors "
+            f"at their initial values."
+        )
+    have = checkpoint.tensors
+    filled = {k: have[k].to(dtype=v.dtype, copy=True) for k, v in model.state_dict().items() if k in have}
     if report.missing:
         fresh = RadioModel(checkpoint.config, adaptors, compat)
         _cast(fresh, checkpoint.config.dtype)
@@ -161,6 +153,35 @@ def build_model(
     model.load_state_dict(filled, strict=True, assign=True)
     model.identity = checkpoint.identity
     return model.eval(), report
+
+
+def lay_out(checkpoint: Checkpoint, adaptors: Sequence[str], compat: Compat = None) -> tuple[RadioModel, KeyReport]:
+    """Build a checkpoint's model without memory for its weights, and compare the two.
+
+    Args:
+        checkpoint: What to build from.
+        adaptors: Which adaptors to build; the tensors of the others are not unexpected.
+        compat: See `RadioModel`.
+
+    Returns:
+        The model on the meta device, in its published dtypes, and the difference of keys.
+
+    Raises:
+        CheckpointShapeError: A tensor's shape contradicts the description, or the description is impossible.
+        UnknownAdaptorError: The checkpoint has no such adaptor.
+    """
+    _check_depth(checkpoint)
+    model = _on_meta(checkpoint, adaptors, compat)
+    _cast(model, checkpoint.config.dtype)
+    wanted = {k: v for k, v in model.state_dict().items() if k != "summary_idxs"}
+    have = checkpoint.tensors
+    _check_shapes(wanted, have, checkpoint.identity.source)
+    left_out = tuple(f"adaptors.{name}." for name in checkpoint.config.adaptors if name not in adaptors)
+    report = KeyReport(
+        missing=tuple(k for k in wanted if k not in have),
+        unexpected=tuple(k for k in have if k not in wanted and not k.startswith(left_out)),
+    )
+    return model, report
 
 
 def _on_meta(checkpoint: Checkpoint, adaptors: Sequence[str], compat: Compat) -> RadioModel:
@@ -203,8 +224,7 @@ def _check_depth(checkpoint: Checkpoint) -> None:
     if depth > len(checkpoint.tensors):
         raise CheckpointShapeError(
             f"{checkpoint.identity.source} describes a model of {depth} blocks but has only {len(checkpoint.tensors)} "
-            f"tensors; "
-            f"it is damaged or not what it says."
+            f"tensors; it is damaged or not what it says."
         )
 
 

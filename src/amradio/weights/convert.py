@@ -5,15 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
-from amradio.errors import CheckpointKeyError, CheckpointShapeError
-from amradio.models.configs import ERadioConfig
+from amradio.errors import CheckpointKeyError
 from amradio.models.radio import RadioModel
-from amradio.weights.checkpoint import Checkpoint
+from amradio.weights.checkpoint import Checkpoint, lay_out
 from amradio.weights.layouts import layout_of, read_checkpoint
-
-_SHOWN = 20
 
 
 def save(
@@ -74,29 +69,6 @@ def convert(
 
 def _require_complete(checkpoint: Checkpoint) -> None:
     """Refuse to spread a checkpoint that does not fit the model that it describes."""
-    source = checkpoint.identity.source
-    backbone = checkpoint.config.backbone
-    depth = sum(backbone.depths) if isinstance(backbone, ERadioConfig) else backbone.depth
-    if depth > len(checkpoint.tensors):  # before as many modules are built
-        raise CheckpointShapeError(
-            f"{source} describes a model of {depth} blocks but has only {len(checkpoint.tensors)} tensors, so it is "
-            f"not written anywhere."
-        )
-    with torch.device("meta"):
-        model = RadioModel(checkpoint.config, tuple(checkpoint.config.adaptors))
-    wanted = {k: v.shape for k, v in model.state_dict().items() if k != "summary_idxs"}
-    have = {k: v.shape for k, v in checkpoint.tensors.items()}
-    problems = [f"missing {k}" for k in wanted if k not in have]
-    problems += [f"unexpected {k}" for k in have if k not in wanted]
-    if problems:
-        more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointKeyError(
-            f"{source} does not fit the model that it describes, so it is not written anywhere: "
-            f"{', '.join(problems[:_SHOWN])}{more}."
-        )
-    wrong = [f"{k} is {list(have[k])}, expected {list(s)}" for k, s in wanted.items() if have[k] != s]
-    if wrong:
-        raise CheckpointShapeError(
-            f"{source} does not fit the model that it describes, so it is not written anywhere: "
-            f"{'; '.join(wrong[:_SHOWN])}."
-        )
+    _, report = lay_out(checkpoint, tuple(checkpoint.config.adaptors))
+    if report:
+        raise CheckpointKeyError(f"{report.describe(checkpoint.identity.source)}\nIt is not written anywhere.")

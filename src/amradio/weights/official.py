@@ -15,7 +15,7 @@ from torch import Tensor
 from amradio.errors import CheckpointError, LayoutError
 from amradio.models.architectures import DINO_STUDENTS
 from amradio.models.configs import InterNormalizerConfig, RadioConfig
-from amradio.weights.args import adaptor_of, backbone_of, folded_args, summary_positions
+from amradio.weights.args import adaptor_of, backbone_of, check_arguments, folded_args, summary_positions
 from amradio.weights.checkpoint import Checkpoint, Identity, jsonable, torch_dtype
 from amradio.weights.fidelity import require_same, without_heads
 from amradio.weights.files import atomic_file
@@ -70,12 +70,15 @@ def read(path: Path) -> Checkpoint:
         found = sorted(map(str, payload))[:10] if isinstance(payload, Mapping) else type(payload).__name__
         raise CheckpointError(f"{path} is no RADIO checkpoint: it needs 'state_dict' and 'args', but holds {found}.")
     args: dict[str, Any] = jsonable(payload["args"])
+    check_arguments(args)
     state = payload.get("state_dict")
     if "state_dict_ema" in payload:
         # The moving average was taken of effective weights.
         state = payload["state_dict_ema"]
         args |= {"spectral_reparam": False, "spectral_heads": False, "damp": None}
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise CheckpointError(f"{path} is no RADIO checkpoint: its state dict is not a dict of tensors.")
     tensors, unused = _translate(_folded(_unwrapped(state), args), args)
     args |= {"spectral_reparam": False, "spectral_heads": False, "damp": None}

@@ -37,9 +37,9 @@ def load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise _refusal(path, e) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, FileNotFoundError):
-            raise
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as e:  # a damaged pickle can trip the unpickler anywhere
         raise CheckpointError(
             f"{path} cannot be read: {type(e).__name__}: {_first_line(e)}. It is truncated, damaged or no torch "
             f"checkpoint ({path.stat().st_size:,} bytes). Delete it and download it again."

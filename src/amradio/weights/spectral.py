@@ -38,10 +38,17 @@ class SpectralSettings:
 
     @classmethod
     def of(cls, value: Any) -> SpectralSettings:
-        """Read the official ``args.spectral_reparam``: a flag, or a dict with ``eps`` and ``n_power_iterations``."""
-        if isinstance(value, Mapping):
+        """Read the official ``args.spectral_reparam``: a flag, or a dict with ``eps`` and ``n_power_iterations``.
+
+        Raises:
+            CheckpointError: One of the two is no number.
+        """
+        if not isinstance(value, Mapping):
+            return cls()
+        try:
             return cls(float(value.get("eps", 1e-12)), int(value.get("n_power_iterations", 1)))
-        return cls()
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"The checkpoint's training arguments have spectral_reparam={value}: {e}.") from e
 
 
 def fold_parametrizations(tensors: Mapping[str, Tensor], settings: SpectralSettings) -> dict[str, Tensor]:
