@@ -138,8 +138,8 @@ def test_windows_are_refused_before_any_download() -> None:
     with pytest.raises(OptionError) as raised:
         amradio.load("c-radio_v3-l", vitdet_window_size=8)
     assert str(raised.value) == (
-        "vitdet_window_size is not supported for c-radio_v3-l: its weights were not trained with windows. Set it to None, "
-        "or use a version that supports it; `amradio models` shows which."
+        "vitdet_window_size is not supported for c-radio_v3-l: its weights were not trained with windows. Set it to "
+        "None, or use a version that supports it; `amradio models` shows which."
     )
 
 
@@ -150,7 +150,8 @@ def test_windows_can_be_insisted_on(published: Callable[[str], list[str]]) -> No
 
 def test_non_commercial_licence_is_said_once_a_version(published: Callable[[str], list[str]]) -> None:
     published("v25_p16.pth.tar")
-    with warnings.catch_warnings(record=True, action="always") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for version in ("radio_v2.5-l", "radio_v2.5-l", "radio_v2.5-b"):
             amradio.load(version)
     assert {w.category for w in caught} == {loading.NonCommercialWarning}
@@ -387,10 +388,10 @@ def test_pickle_bomb(edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UnsafeCheckpointError) as raised:
             amradio.load(path, strict=strict)
         assert str(raised.value) == (
-            f"{path} is refused: its pickle refers to code that is not on the allow-list: builtins.exec. Allowed are "
-            "tensors, plain containers and argparse.Namespace. Nothing was executed, and there is no unsafe fallback. If "
-            "you trust the file, convert it to safetensors in a separate, isolated environment; otherwise get the weights "
-            "from their publisher."
+            f"{path} is refused: its pickle refers to code that is not on the allow-list: builtins.exec. Allowed "
+            "are tensors, plain containers and argparse.Namespace. Nothing was executed, and there is no unsafe "
+            "fallback. If you trust the file, convert it to safetensors in a separate, isolated environment; otherwise "
+            "get the weights from their publisher."
         )
     assert not (tmp_path / "exploded").exists()
 
@@ -428,8 +429,8 @@ def test_old_torch_reads_no_pickles(models: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CheckpointError) as raised:
         amradio.load(models / "v25_p16.pth.tar")
     assert str(raised.value) == (
-        f"Reading pickled checkpoints needs torch >= 2.10, this is {version}: older versions can be made to execute code "
-        "even by weights_only loading (CVE-2025-32434, CVE-2026-24747). Upgrade torch, or load a safetensors file."
+        f"Reading pickled checkpoints needs torch >= 2.10, this is {version}: older versions can be made to execute "
+        "code even by weights_only loading (CVE-2025-32434, CVE-2026-24747). Upgrade torch, or load a safetensors file."
     )
 
 

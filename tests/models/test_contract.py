@@ -19,6 +19,7 @@ from amradio.errors import CheckpointError, LayoutError, ResolutionError, Unsafe
 from amradio.models.architectures import DINO_STUDENTS, VIT_ARCHITECTURES
 from amradio.models.eradio import ERADIO_VARIANTS
 from amradio.models.radio import RadioModel
+from amradio.weights.catalog import CatalogEntry, entries
 
 Toy = Callable[..., RadioModel]
 
@@ -54,6 +55,26 @@ def assert_same(got: Any, want: Any, **tolerance: float) -> None:
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+PUBLISHED_AS = {
+    "ViT-B/16": "vit_base_patch16_224",
+    "ViT-L/16": "vit_large_patch16_224",
+    "ViT-H/16": "vit_huge_patch16_224",
+    "ViT-H/14": "vit_huge_patch14_224",
+    "ViT-g/16": "vit_giant_patch16_224",
+    "ViT-SO400M/16": "vit_so400m_patch16_224",
+    "DINOv2 ViT-g/14": "dino_v2_g_student",
+    "E-RADIO": "eradio",
+}
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda e: e.version)
+def test_the_catalog_s_architectures_are_all_here(entry: CatalogEntry) -> None:
+    names = [name for kind, name in PUBLISHED_AS.items() if entry.architecture.startswith(kind)]
+    assert len(names) == 1
+    assert names[0] in ARCHITECTURES
+    assert (14 if "14" in names[0] or "dino" in names[0] else 16) == entry.patch_size
 
 
 # ---- shapes and sizes ----

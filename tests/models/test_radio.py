@@ -207,8 +207,8 @@ def test_unknown_adaptor_and_view(toy: Toy) -> None:
     with pytest.raises(UnknownAdaptorError) as raised:
         toy(NAME, ["clip"]).view("clap")
     assert str(raised.value) == (
-        "No adaptor 'clap' is loaded, only ['backbone', 'clip']. Load the model with adaptors=['clap'] if the checkpoint "
-        "has it. Nearest names: clip."
+        "No adaptor 'clap' is loaded, only ['backbone', 'clip']. Load the model with adaptors=['clap'] if the "
+        "checkpoint has it. Nearest names: clip."
     )
 
 
