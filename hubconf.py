@@ -58,6 +58,8 @@ def radio_model(
         return model
     from amradio.weights.pickles import load_pickle
 
+    if model.identity.layout != "official":
+        raise OptionError(f"return_checkpoint is for official .pth.tar files, {version} is {model.identity.layout!r}.")
     hub_options = {k: v for k, v in overrides.items() if k in HubOptions.__dataclass_fields__}
     path = locate(version, with_adaptors=bool(adaptor_names), hub=HubOptions(**hub_options)).path
     return model, load_pickle(path)

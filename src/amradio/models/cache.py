@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ class TensorCache:
 
     Nothing here is part of the state dict. The cache holds aliases of its sources: as long as it does, no other tensor
     can get their addresses, so equal addresses and versions mean equal values. (Writing through ``parameter.data`` is
-    the one change that torch counts nowhere, so it goes unnoticed.)
+    the one change that torch counts nowhere, so it goes unnoticed.) Threads may share it.
     """
 
     def __init__(self, capacity: int = 32) -> None:
@@ -23,6 +24,7 @@ class TensorCache:
         self._sources: tuple[Tensor, ...] = ()
         self._versions: tuple[int, ...] = ()
         self._entries: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, sources: Sequence[Tensor], key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
         """Return the entry of `key` for the present values of `sources`, computing it if needed.
@@ -37,18 +39,19 @@ class TensorCache:
         """
         if any(s.is_inference() for s in sources):  # without a version counter, a change could not be noticed
             return compute()
-        if not self._is_current(sources):
-            self.clear()
-            self._sources = tuple(s.detach() for s in sources)
-            self._versions = tuple(s._version for s in sources)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        with torch.inference_mode(False), torch.no_grad():  # so that the value is of use outside inference mode too
-            value = self._entries[key] = compute()
-        if len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
-        return value
+        with self._lock:
+            if not self._is_current(sources):
+                self._sources = tuple(s.detach() for s in sources)
+                self._versions = tuple(s._version for s in sources)
+                self._entries.clear()
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            with torch.inference_mode(False), torch.no_grad():  # so that the value is of use outside inference mode
+                value = self._entries[key] = compute()
+            if len(self._entries) > self.capacity:
+                self._entries.popitem(last=False)
+            return value
 
     def _is_current(self, sources: Sequence[Tensor]) -> bool:
         return len(self._sources) == len(sources) and all(
@@ -58,8 +61,9 @@ class TensorCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._sources, self._versions = (), ()
-        self._entries.clear()
+        with self._lock:
+            self._sources, self._versions = (), ()
+            self._entries.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorCache:
         return TensorCache(self.capacity)

@@ -13,7 +13,7 @@ from amradio.errors import CapabilityError, ConfigError, OptionError, Resolution
 from amradio.models.adaptors import Adaptor
 from amradio.models.configs import ERadioConfig, RadioConfig, Resolution, ViTConfig
 from amradio.models.eradio import ERadio
-from amradio.models.intermediates import Intermediates, IntermediatesOptions, collect_intermediates
+from amradio.models.intermediates import IntermediatesOptions, collect_intermediates
 from amradio.models.normalizers import FeatureNormalizer, InputConditioner, InterFeatureNormalizer
 from amradio.models.output import RadioOutput, arrange, check_feature_fmt
 from amradio.models.vit import Tokens, VisionTransformer
@@ -54,6 +54,8 @@ class RadioModel(nn.Module):
         self.register_buffer("summary_idxs", torch.tensor(config.summary_idxs, dtype=torch.int64))
         self._summary_idxs = tuple(config.summary_idxs)
         self.register_load_state_dict_post_hook(_take_summary_idxs)  # type: ignore[no-untyped-call]
+        for name in (n for n in adaptors if "." in n):
+            raise ConfigError(f"The adaptor name {name!r} has a dot, which names of torch modules cannot have.")
         self.adaptors = nn.ModuleDict({name: Adaptor(name, _adaptor_config(config, name)) for name in adaptors})
         self.feature_normalizer: nn.Module = (
             FeatureNormalizer(self.embed_dim) if config.feature_normalizer else nn.Identity()
@@ -216,14 +218,16 @@ class RadioModel(nn.Module):
         self._check_size(images)
         x = self._conditioned(images)
         if isinstance(self.model, ERadio):
-            (summary, features), maps = self._eradio_intermediates(x, options)
-            final = None if intermediates_only else self._output(summary, summary, features, images, output_fmt)
-            return maps if intermediates_only else (final, maps)
-        found: Intermediates = collect_intermediates(self.model, self.inter_feature_normalizer, x, options)
-        results = [self._intermediate(tokens, images, options) for tokens in found.tokens]
+            found = self._eradio_intermediates(x, options, intermediates_only)
+            if intermediates_only:
+                return found
+            (summary, features), maps = found
+            return self._output(summary, summary, features, images, output_fmt), maps
+        collected = collect_intermediates(self.model, self.inter_feature_normalizer, x, options)
+        results = [self._intermediate(tokens, images, options) for tokens in collected.tokens]
         if intermediates_only:
             return results
-        return self._output_of_tokens(found.final, images, output_fmt), results
+        return self._output_of_tokens(collected.final, images, output_fmt), results
 
     def view(self, name: str) -> Any:
         """One adaptor (or ``"backbone"``) as a model of its own, which returns a plain `RadioOutput`.
@@ -288,7 +292,7 @@ class RadioModel(nn.Module):
         prefix, patches = tokens
         if self.model.config.pool == "avg":
             summary = patches.mean(dim=1)
-            if feature_fmt == "NLC":  # the official code returns the whole sequence here, prefix tokens included
+            if self.compat == "official" and feature_fmt == "NLC":  # which takes prefix tokens for features here
                 patches = torch.cat(tokens, dim=1)
             return self._output(summary, summary, patches, images, feature_fmt)
         return self._output(self._summary(prefix), prefix, patches, images, feature_fmt)
@@ -329,7 +333,7 @@ class RadioModel(nn.Module):
         features = arrange(tokens.patches, grid, options.output_fmt)
         return RadioOutput(self._summary(tokens.prefix), features) if options.prefix_tokens else features
 
-    def _eradio_intermediates(self, x: Tensor, options: IntermediatesOptions) -> Any:
+    def _eradio_intermediates(self, x: Tensor, options: IntermediatesOptions, intermediates_only: bool) -> Any:
         assert isinstance(self.model, ERadio)
         if options.aggregation != "sparse":
             raise CapabilityError("E-RADIO's stages have different strides, so they cannot be aggregated densely.")
@@ -337,7 +341,8 @@ class RadioModel(nn.Module):
             x,
             options.indices,
             output_fmt=options.output_fmt,
-            stop_early=False,  # the final output needs all stages
+            stop_early=options.stop_early and intermediates_only,  # the final output needs all stages
+            intermediates_only=intermediates_only,
             norm=options.norm,
             return_prefix_tokens=options.prefix_tokens,
         )

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amradio.models.cache import caching_is_safe
 from amradio.models.configs import PositionInterpolation, ViTConfig
-from amradio.models.patches import PatchGenerator, caching_is_safe
+from amradio.models.patches import PatchGenerator
 from amradio.models.windows import from_windows, global_blocks, to_windows
 
 NORM_EPS = 1e-6
@@ -75,7 +76,7 @@ class Mlp(nn.Module):
 
 def _gelu(x: Tensor) -> Tensor:
     """Exact GELU; at inference in place, for the hidden layer is the largest tensor of the whole forward pass."""
-    return torch.ops.aten.gelu_(x) if caching_is_safe() else F.gelu(x)  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu_(x) if caching_is_safe() else F.gelu(x)
 
 
 class SwiGLU(nn.Module):

@@ -50,7 +50,7 @@ def _backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
     name = str(_required(args, "model"))
     model_kwargs = dict(args.get("model_kwargs") or {})
     if name in ERADIO_VARIANTS:
-        return _eradio(name, model_kwargs)
+        return _eradio(name, model_kwargs, bool(args.get("model_norm")))
     arguments = vit_arguments(name, model_kwargs)
     in_chans = args.get("in_chans") or (args.get("input_size") or [3])[0]
     arguments["global_pool"] = args.get("gp") or arguments["global_pool"]
@@ -59,7 +59,7 @@ def _backbone_of(args: Mapping[str, Any]) -> ViTConfig | ERadioConfig:
     return _cpe_vit(args, name, arguments, in_chans)
 
 
-def _eradio(name: str, model_kwargs: Mapping[str, Any]) -> ERadioConfig:
+def _eradio(name: str, model_kwargs: Mapping[str, Any], model_norm: bool) -> ERadioConfig:
     fields = {f.name for f in dataclasses.fields(ERadioConfig)}
     given = {k: v for k, v in model_kwargs.items() if k not in _ERADIO_IGNORED}
     unknown = sorted(set(given) - fields)
@@ -67,7 +67,7 @@ def _eradio(name: str, model_kwargs: Mapping[str, Any]) -> ERadioConfig:
         raise ConfigError(
             f"The checkpoint's model_kwargs for {name!r} have entries that amradio does not understand: {unknown}."
         )
-    published = {f: getattr(ERADIO_VARIANTS[name], f) for f in fields}
+    published = {f: getattr(ERADIO_VARIANTS[name], f) for f in fields} | {"final_norm": model_norm}
     return from_json(ERadioConfig, published | given, f"model_kwargs of {name}")
 
 
