@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-dependencies = ["torch", "numpy", "safetensors", "huggingface_hub", "filelock", "tqdm"]
+dependencies = ["torch", "numpy", "safetensors", "huggingface_hub", "tqdm"]
 
 _SRC = str(Path(__file__).resolve().parent / "src")
 

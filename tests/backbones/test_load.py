@@ -134,12 +134,13 @@ def test_unknown_names(name: str, message: str) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_windows_are_refused_before_any_download() -> None:
+@pytest.mark.parametrize("version", ["c-radio_v3-l", "e-radio_v2"])
+def test_windows_are_refused_before_any_download(version: str) -> None:
     with pytest.raises(OptionError) as raised:
-        amradio.load("c-radio_v3-l", vitdet_window_size=8)
+        amradio.load(version, vitdet_window_size=8)
     assert str(raised.value) == (
-        "vitdet_window_size is not supported for c-radio_v3-l: its weights were not trained with windows. Set it to "
-        "None, or use a version that supports it; `amradio models` shows which."
+        f"vitdet_window_size is not supported for {version}. Set it to None, or use a version that supports it; "
+        "`amradio models` shows which."
     )
 
 

@@ -30,7 +30,8 @@ VERSION_TABLE = {
     "radio_v2.1": ("RADIO/resolve/main/radio_v2.1_bf16.pth.tar?download=true", 16, 2048, 432, True, 5, None),
     "radio_v2": ("RADIO/resolve/main/radio_v2.pth.tar?download=true", 16, 2048, 432, True, 5, None),
     "radio_v1": ("RADIO/resolve/main/radio_v1.pth.tar?download=true", 14, 1050, 378, True, None, None),
-    "e-radio_v2": ("RADIO/resolve/main/eradio_v2.pth.tar?download=true", 16, 2048, 512, True, None, None),
+    # The official table says that E-RADIO allows windows; its code then installs none.
+    "e-radio_v2": ("RADIO/resolve/main/eradio_v2.pth.tar?download=true", 16, 2048, 512, False, None, None),
     "c-radio_v2-g": ("C-RADIOv2-g/resolve/main/c-radio_v2-g_half.pth.tar", 16, 2048, 768, True, None, 8),
     "c-radio_v2-vlm-h": ("C-RADIOv2-VLM-H/resolve/main/c-radio_v2-vlm-h.pth.tar", 16, 2048, 768, True, None, 8),
     "c-radio_v3-b": (

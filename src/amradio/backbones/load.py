@@ -253,9 +253,8 @@ def configured(
 def _check_vitdet(window_size: int | None, supported: bool, name: str) -> None:
     if window_size is not None and not supported:
         raise OptionError(
-            f"vitdet_window_size is not supported for {name}: its weights were not trained with windows. Set it to "
-            f"None, or "
-            f"use a version that supports it; `amradio models` shows which."
+            f"vitdet_window_size is not supported for {name}. Set it to None, or use a version that supports it; "
+            f"`amradio models` shows which."
         )
 
 

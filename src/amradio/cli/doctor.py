@@ -16,7 +16,7 @@ from typing import Any
 from amradio import __version__
 from amradio.cli.text import size_of
 
-_REQUIRED = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub", "filelock", "tqdm", "tyro", "pyarrow")
+_REQUIRED = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm", "tyro", "pyarrow")
 _OPTIONAL = {"transformers": "hf", "open_clip": "text", "timm": "timm", "torchvision": "timm"}
 _DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "huggingface_hub": "huggingface-hub"}
 _VARIABLES = (

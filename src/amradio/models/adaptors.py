@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amradio.errors import CapabilityError, ConfigError
+from amradio.errors import CapabilityError, ConfigError, MissingDependencyError
 from amradio.models.configs import AdaptorConfig, HeadConfig, ViTConfig
 from amradio.models.vit import Block
 
@@ -210,7 +210,13 @@ class Adaptor(nn.Module):
                 raise CapabilityError(
                     f"The teacher {self.name!r} has no text side. Adaptors of CLIP and SigLIP type teachers have one."
                 )
-            self._text.append(self._load_text(device))
+            try:
+                self._text.append(self._load_text(device))
+            except AttributeError as e:  # which torch would report as a missing attribute of this module
+                raise MissingDependencyError(
+                    f"The text side of {self.name!r} cannot be loaded with the installed packages: {e}. `amradio doctor` "
+                    f"shows their versions."
+                ) from e
         self._text[0].to(device)  # the model may have moved since
         return self._text[0]
 

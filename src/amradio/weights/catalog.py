@@ -315,14 +315,15 @@ _RADIO = (
         architecture="E-RADIO (hybrid of convolution and windowed attention)",
         teachers=("Meta CLIP", "DINOv2", "SAM"),
         preferred_resolution=Resolution(512, 512),
+        supports_vitdet=False,
         position_interpolation_published="half_pixel",
         dtype="float32",
         notes="No results were published under this name. The README gives those of an earlier 'eradio_v1', which was "
         "never downloadable as such (3697 images/s, zero-shot 77.87, k-NN 83.73, ADE20k 45.50, VOC 79.95, GQA 59.55, "
         "TextVQA 46.31, VQAv2 72.05), and of an 'E-RADIO-L' (468 images/s at 512 px, 391 M parameters, zero-shot "
         "80.73, k-NN 83.89, ADE20k 48.22, VOC 81.64, SAM-COCO 76.31). Inputs must be multiples of 32 px. The model "
-        "has no position grid, so the position interpolation has no effect, and the official code accepts a ViTDet "
-        "window without windowing.",
+        "has no position grid, so the position interpolation has no effect, and the official table allows a "
+        "ViTDet window, which only makes the official code refuse more sizes.",
     ),
 )  # fmt: skip
 
