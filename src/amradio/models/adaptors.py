@@ -214,8 +214,8 @@ class Adaptor(nn.Module):
                 self._text.append(self._load_text(device))
             except AttributeError as e:  # which torch would report as a missing attribute of this module
                 raise MissingDependencyError(
-                    f"The text side of {self.name!r} cannot be loaded with the installed packages: {e}. `amradio doctor` "
-                    f"shows their versions."
+                    f"The text side of {self.name!r} cannot be loaded with the installed packages: {e}. "
+                    f"`amradio doctor` shows their versions."
                 ) from e
         self._text[0].to(device)  # the model may have moved since
         return self._text[0]
