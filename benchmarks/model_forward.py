@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ CHANGING_SIZES = [
     *[(128, 128), (128, 192), (224, 160), (160, 224), (192, 192), (224, 224)],
     *[(128, 256), (256, 128), (256, 256), (192, 320), (320, 192), (288, 224)],
 ]
+SMALL_WINDOW = 2  # in patches; every one of these sizes is a multiple of it
 FRESH_PAGES_FROM_BYTES = 65536
+MIN_ROUNDS = 5
 
 Forward = Callable[[Tensor], tuple[Tensor | None, Tensor]]  # images [B, 3, H, W] -> summary or None, features [B, L, D]
 
@@ -202,7 +204,7 @@ def load_transformers(files: Files, s: Setting) -> Forward:
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         # It conditions in the dtype of what it is given; its own documentation casts the images.
         out = model(images.to(DTYPES[s.dtype]))
-        return out.pooler_output if hasattr(out, "pooler_output") else out.summary, out.features
+        return out.summary, out.features
 
     return forward
 
@@ -238,6 +240,7 @@ class Result:
         contender: A key of `CONTENDERS`.
         difference: Largest difference of its features from ours, over the largest value.
         images_per_s: By the clock that was chosen.
+        rounds: How often it ran.
         ratio: Median over rounds of its time over ours; above 1, ours is faster.
         ratio_quartiles: First and third quartile of the same.
         peak_mib: Memory that a forward pass needs at most, beside weights and images.
@@ -246,12 +249,13 @@ class Result:
     contender: str
     difference: float
     images_per_s: float
+    rounds: int
     ratio: float
     ratio_quartiles: tuple[float, float]
     peak_mib: float | None
 
 
-def measure(files: Files, s: Setting, rounds: int, clock: str, memory: bool) -> tuple[list[Result], list[str]]:
+def measure(files: Files, s: Setting, args: argparse.Namespace) -> tuple[list[Result], list[str]]:
     """Results of all contenders that can take part, and why the others cannot."""
     forwards: dict[str, Forward] = {}
     missing = []
@@ -262,39 +266,50 @@ def measure(files: Files, s: Setting, rounds: int, clock: str, memory: bool) -> 
             missing.append(f"{name}: {e}")
     images = s.images()
     with torch.inference_mode():
-        differences = {name: difference(name, files, s, forwards, images) for name in forwards}
-        seconds = timed_rounds(forwards, images, rounds, clock)
+        differences = differences_from_ours(forwards, files, s, images)
+        seconds = timed_rounds(forwards, images, args)
     ours, results = seconds[OURS], []
     for name, times in seconds.items():
         ratios = [theirs / mine for theirs, mine in zip(times, ours, strict=True)]
         q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
         rate = len(s.sizes) * s.batch / statistics.median(times)
-        peak = peak_mib(name, files, s) if memory else None
-        results.append(Result(name, differences[name], rate, median, (q1, q3), peak))
+        peak = peak_mib(name, files, s) if args.memory and len(s.sizes) == 1 else None
+        results.append(Result(name, differences[name], rate, len(times), median, (q1, q3), peak))
     return results, missing
 
 
-def difference(name: str, files: Files, s: Setting, forwards: dict[str, Forward], images: list[Tensor]) -> float:
-    """Compare a contender with ours on all sizes, and refuse to time what computes something else."""
-    reference = REFERENCES[name](files, s) if name in REFERENCES else forwards[OURS]
-    worst = 0.0
-    for x in images:
-        for a, b in zip(forwards[name](x), reference(x), strict=True):
-            if a is not None and b is not None:
-                b = b.float()
-                worst = max(worst, ((a.float() - b).abs().max() / b.abs().max()).item())
-    if not worst <= TOLERANCE[s.dtype]:
-        raise SystemExit(f"{name} and {OURS} differ by {worst:.2g} of the largest value in {s}: nothing to compare.")
-    return worst
+def differences_from_ours(
+    forwards: dict[str, Forward], files: Files, s: Setting, images: list[Tensor]
+) -> dict[str, float]:
+    """Compare all contenders with ours on all sizes, and refuse to time what computes something else."""
+    ours = [forwards[OURS](x) for x in images]
+    references = {load_amradio: ours}
+    found = dict.fromkeys(forwards, 0.0)
+    for name in forwards.keys() - {OURS}:
+        load = REFERENCES.get(name, load_amradio)
+        if load not in references:
+            reference = load(files, s)
+            references[load] = [reference(x) for x in images]
+        for x, expected in zip(images, references[load], strict=True):
+            for a, b in zip(forwards[name](x), expected, strict=True):
+                if a is not None and b is not None:
+                    found[name] = max(found[name], ((a - b).abs().max() / b.abs().max()).item())
+        if not found[name] <= TOLERANCE[s.dtype]:
+            raise SystemExit(f"{name} and {OURS} differ by {found[name]:.2g} of the largest value in {s}.")
+    return found
 
 
-def timed_rounds(forwards: dict[str, Forward], images: list[Tensor], rounds: int, clock: str) -> dict[str, list[float]]:
+def timed_rounds(
+    forwards: dict[str, Forward], images: list[Tensor], args: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds for all images, per contender and round; the order turns with every round."""
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     wait = torch.cuda.synchronize if images[0].is_cuda else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
-    names = list(forwards)
-    for i in range(rounds):
+    names, began = list(forwards), now()
+    for i in range(args.repeats):
+        if i >= MIN_ROUNDS and now() - began > args.seconds:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             wait()
             start = now()
@@ -318,7 +333,7 @@ def _peak_mib(name: str, files: Files, s: Setting, threads: int) -> float:
     forward = CONTENDERS[name](files, s)
     images = s.images()
     with torch.inference_mode():
-        for x in images:  # libraries initialise themselves, kept values are computed
+        for x in images:  # so that libraries have initialised themselves, and kept values are kept
             forward(x)
         start = _reset_peak(s.device)
         for x in images:
@@ -357,6 +372,54 @@ def environment(**variables: str) -> Iterator[None]:
             os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
 
+# ---- compiling ----
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `torch.compile` makes of a contender that sees one size after another.
+
+    Attributes:
+        contender: A key of `CONTENDERS`.
+        graphs: Graphs traced. Code is generated for each on top of the time given here.
+        sizes: Sizes until dynamo's limit of recompilations was hit, after which it runs the model uncompiled; all
+            sizes if it never was.
+        seconds: Time of the first pass over the sizes, tracing included.
+    """
+
+    contender: str
+    graphs: int
+    sizes: int
+    seconds: float
+
+
+def trace(name: str, forward: Forward, images: list[Tensor]) -> Compiled:
+    from torch._dynamo import config, exc, reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    counters.clear()
+    compiled = torch.compile(forward, backend="eager")
+    seen, began = 0, time.process_time()
+    with torch.inference_mode(), config.patch(fail_on_recompile_limit_hit=True):
+        for x in images:
+            try:
+                compiled(x)
+            except exc.FailOnRecompileLimitHit:
+                break
+            seen += 1
+    return Compiled(name, counters["stats"]["unique_graphs"], seen, time.process_time() - began)
+
+
+def traced(files: Files, s: Setting) -> list[Compiled]:
+    """What becomes of each contender that can take part."""
+    found = []
+    for name, load in CONTENDERS.items():
+        with contextlib.suppress(MissingError, ImportError):
+            found.append(trace(name, load(files, s), s.images()))
+    return found
+
+
 # ---- reporting ----
 
 
@@ -393,30 +456,69 @@ def _has_bf16() -> bool:
 
 
 HEADER = (
-    "| model | dtype | ViTDet | size | contender | images/s | theirs / ours (quartiles) | peak MiB | difference |\n"
-    "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |"
+    "| model | dtype | ViTDet | size | contender | images/s | theirs / ours (quartiles) | rounds | peak MiB "
+    "| difference |\n"
+    "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
 def row(s: Setting, r: Result) -> str:
     ratio = "1" if r.contender == OURS else f"{r.ratio:.3f} ({r.ratio_quartiles[0]:.3f}-{r.ratio_quartiles[1]:.3f})"
     peak = "" if r.peak_mib is None else f"{r.peak_mib:.0f}"
-    cells = [s.model, s.dtype, s.window or "off", s.label, r.contender, f"{r.images_per_s:.3g}", ratio, peak]
+    cells = [s.model, s.dtype, s.window or "off", s.label, r.contender, f"{r.images_per_s:.3g}", ratio, r.rounds, peak]
     return f"| {' | '.join(map(str, cells))} | {r.difference:.1e} |"
 
 
-def markdown(report: dict[str, Any], rows: Sequence[str]) -> str:
+COMPILED_HEADER = (
+    "| model | ViTDet | contender | graphs | sizes before giving up | seconds of the first pass |\n"
+    "| --- | --- | --- | ---: | ---: | ---: |"
+)
+
+
+def compiled_row(s: Setting, c: Compiled) -> str:
+    sizes = "-" if c.sizes == len(s.sizes) else c.sizes
+    return f"| {s.model} | {s.window or 'off'} | {c.contender} | {c.graphs} | {sizes} | {c.seconds:.1f} |"
+
+
+def markdown(report: dict[str, Any]) -> str:
     m = report["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     facts = [
-        f"- Machine: {m['gpu'] or m['cpu']}, {m['system']}, {m['threads']} threads, "
+        f"- Machine: {m['gpu'] or m['cpu']}, {m['system']}, threads: {m['threads']}, "
         f"{m['cpu_capability']}, bf16 instructions: {'yes' if m['bf16_instructions'] else 'no'}",
         f"- Versions: {versions}",
-        f"- Clock: {report['clock']} time; {report['rounds']} rounds; batch {report['batch']}",
-        f"- `{len(CHANGING_SIZES)} sizes`: {', '.join(f'{h}x{w}' for h, w in CHANGING_SIZES)}, one after another",
+        f"- Clock: {report['clock']} time; batch {report['batch']}",
+        f"- {len(CHANGING_SIZES)} sizes: {', '.join(f'{h}x{w}' for h, w in CHANGING_SIZES)}, one after another",
     ]
+    rows = [row(Setting(**one["setting"]), Result(**r)) for one in report["measured"] for r in one["results"]]
+    if report["compiled"]:
+        rows += ["", f"`torch.compile` over the {len(CHANGING_SIZES)} sizes, tracing only:", "", COMPILED_HEADER]
+        rows += [
+            compiled_row(Setting(**one["setting"]), Compiled(**c)) for one in report["compiled"] for c in one["results"]
+        ]
     left_out = [f"- {line}" for line in report["left_out"]]
     return "\n".join(["# Forward pass", "", *facts, "", HEADER, *rows, "", "Left out:", "", *left_out, ""])
+
+
+def _order(one: dict[str, Any]) -> tuple[Any, ...]:
+    s = one["setting"]
+    return s["model"] != "vit-b", s["dtype"] != "fp32", s["window"], len(s["sizes"]), s["sizes"]
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """Write what there is so far, beside what the file holds of other settings: long runs may come in pieces."""
+    report = json.loads(json.dumps(report, default=asdict))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if any(before[k] != report[k] for k in ("machine", "clock", "batch")):
+            raise SystemExit(f"{path} was measured on another machine or in another way; name another file.")
+        for kind in ("measured", "compiled"):
+            again = [one["setting"] for one in report[kind]]
+            report[kind] += [one for one in before.get(kind, []) if one["setting"] not in again]
+            report[kind].sort(key=_order)
+        report["left_out"] += [line for line in before["left_out"] if line not in report["left_out"]]
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 # ---- command line ----
@@ -437,25 +539,34 @@ def settings(args: argparse.Namespace, model: str, dtype: str) -> list[Setting]:
     return list(found)
 
 
+def compile_settings(args: argparse.Namespace, model: str, dtype: str) -> list[Setting]:
+    if not args.compile or dtype != args.dtypes[0]:
+        return []
+    windows = [0] if model == "eradio" else [0, SMALL_WINDOW]
+    return [Setting(model, dtype, window, tuple(CHANGING_SIZES), args.batch, args.device) for window in windows]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--official", type=Path, help="a checkout of the official repository")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to build")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512, 1024], help="sides of square images")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[224, 512, 1024], help="sides of square images")
     parser.add_argument("--vitdet", nargs="+", type=int, default=[0, 16], help="window sides in patches, 0 for none")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="parameter dtypes")
     parser.add_argument("--changing", action=argparse.BooleanOptionalAction, default=True, help="also 12 mixed sizes")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also count graphs")
     parser.add_argument("--batch", type=int, default=1, help="images of one size at a time")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's own time, for a shared machine"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds at most")
+    parser.add_argument("--seconds", type=float, default=120, help=f"no more rounds after this, but {MIN_ROUNDS}")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
-    parser.add_argument("--out", type=Path, help="JSON file; a Markdown file is written beside it")
+    parser.add_argument("--out", type=Path, help="JSON file to write or add to; a Markdown file is written beside it")
     args = parser.parse_args()
     if args.device == "cuda" and args.clock == "cpu":
         parser.error("--clock cpu says nothing about a GPU")
@@ -468,9 +579,14 @@ def main() -> None:
     args = parse()
     warnings.simplefilter("ignore")  # the official code warns about tensors that no model reads
     torch.set_num_threads(args.threads)
-    rows: list[str] = []
-    measured: list[dict[str, Any]] = []
-    left_out: dict[str, None] = {}
+    report: dict[str, Any] = {
+        "machine": machine(args.device),
+        "clock": args.clock,
+        "batch": args.batch,
+        "left_out": [],
+        "measured": [],
+        "compiled": [],
+    }
     print(HEADER)
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
@@ -479,25 +595,20 @@ def main() -> None:
                 files.folder.mkdir(parents=True)
                 write_weights(model, dtype, files)
                 for s in settings(args, model, dtype):
-                    results, missing = measure(files, s, args.repeats, args.clock, args.memory)
-                    for r in results:
-                        rows.append(row(s, r))
-                        print(rows[-1], flush=True)
-                    measured.append({"setting": asdict(s), "results": [asdict(r) for r in results]})
-                    left_out.update(dict.fromkeys(missing))
-    for line in left_out:
+                    results, missing = measure(files, s, args)
+                    print(*(row(s, r) for r in results), sep="\n", flush=True)
+                    report["measured"].append({"setting": s, "results": results})
+                    report["left_out"] += [line for line in missing if line not in report["left_out"]]
+                    if args.out:
+                        save(report, args.out)
+                for s in compile_settings(args, model, dtype):
+                    traces = traced(files, s)
+                    print(*(compiled_row(s, c) for c in traces), sep="\n", flush=True)
+                    report["compiled"].append({"setting": s, "results": traces})
+                    if args.out:
+                        save(report, args.out)
+    for line in report["left_out"]:
         print(f"left out: {line}")
-    report = {
-        "machine": machine(args.device),
-        "clock": args.clock,
-        "rounds": args.repeats,
-        "batch": args.batch,
-        "left_out": list(left_out),
-        "measured": measured,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(markdown(report, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
