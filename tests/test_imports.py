@@ -26,8 +26,8 @@ FLOORS = [
     {"weights"},
     {"models", "text"},
     {"images"},
-    {"hub"},
-    {"errors", "hub"},
+    {"hub", "distributed"},
+    {"errors"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
