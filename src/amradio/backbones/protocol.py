@@ -14,7 +14,8 @@ from amradio.models.output import RadioOutput
 class Backbone(Protocol):
     """Images in, a summary and a map of features out.
 
-    `amradio.models.radio.RadioModel` without adaptors satisfies it, and so does each of its views.
+    `amradio.models.radio.RadioModel` without adaptors satisfies it, and so does each of its views, and whatever
+    `amradio.load_backbone` returns.
     """
 
     @property
@@ -42,6 +43,10 @@ class Backbone(Protocol):
         """(height, width) in pixels that suits summaries best, if known."""
         ...
 
+    def get_nearest_supported_resolution(self, height: int, width: int) -> Resolution:
+        """Round a size in pixels to the nearest (height, width) that the backbone accepts."""
+        ...
+
     def __call__(self, images: Tensor, feature_fmt: str = "NLC") -> RadioOutput:
         """Compute summary [B, C] and features of images [B, 3, H, W] in [0, 1]."""
         ...
@@ -49,7 +54,7 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class HasIdentity(Protocol):
-    """A backbone that knows where its weights came from."""
+    """A backbone that knows where its weights came from (an `amradio.weights.checkpoint.Identity`)."""
 
     identity: Any
 
