@@ -85,6 +85,10 @@ class ImageError(AmradioError, ValueError):
     """A file is not a picture that can be decoded safely and completely."""
 
 
+class DatasetError(AmradioError, ValueError):
+    """A set of pictures cannot be found, read or understood."""
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """Say which known names are closest to a wrong one.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from amradio.errors import ImageError
-from amradio.images import decode, to_tensor, to_uint8_tensor
+from amradio.images import decode, to_tensor, to_uint8_tensor, upright_size
 
 ORIENTED = {  # what a viewer must do, in numpy, by EXIF orientation
     1: lambda a: a,
@@ -396,6 +396,77 @@ def test_damaged_files_give_a_picture_or_an_image_error(kind, damage):
             return
     assert image.mode == "RGB"
     assert image.width * image.height <= 10**6
+
+
+# ---- decoding smaller ----
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "expected"),
+    [
+        ((640, 480), (100, 100), (160, 120)),
+        ((640, 480), (120, 160), (160, 120)),
+        ((640, 480), (121, 160), (320, 240)),
+        ((641, 481), (60, 80), (81, 61)),
+        ((640, 480), (10, 10), (80, 60)),
+        ((640, 480), (241, 1), (640, 480)),
+        ((640, 480), (1000, 1000), (640, 480)),
+    ],
+)
+def test_jpegs_are_decoded_at_the_smallest_size_that_covers_what_is_asked(size, at_least, expected):
+    data = encoded(Image.new("RGB", size, (10, 200, 30)), "JPEG")
+    image = decode(data, at_least=at_least)
+    assert image.size == expected
+    assert upright_size(image) == size[::-1]
+    np.testing.assert_allclose(np.asarray(image)[5, 5], (10, 200, 30), atol=2)
+
+
+def test_other_formats_and_calls_without_a_size_decode_every_pixel():
+    picture = Image.new("RGB", (640, 480))
+    for kind in ("PNG", "WEBP", "BMP"):
+        assert decode(encoded(picture, kind), at_least=(10, 10)).size == (640, 480)
+    image = decode(encoded(picture, "JPEG"))
+    assert (image.size, upright_size(image)) == ((640, 480), (480, 640))
+
+
+@pytest.mark.parametrize("orientation", list(ORIENTED))
+def test_a_smaller_picture_is_upright_and_knows_the_size_of_its_original(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.zeros((160, 320, 3), np.uint8)
+    stored[:80, :160] = (250, 120, 10)
+    data = encoded(Image.fromarray(stored), "JPEG", exif=exif, quality=95)
+    whole = decode(data)
+    at_least = (80, 40) if orientation >= 5 else (40, 80)
+    small = decode(data, at_least=at_least)
+    assert (small.height, small.width) == at_least
+    assert upright_size(small) == (whole.height, whole.width)
+    difference = np.asarray(small, int) - np.asarray(whole.resize(small.size, Image.Resampling.BOX), int)
+    assert abs(difference).mean() < 1
+
+
+def test_a_smaller_picture_deviates_little_after_resizing():
+    """Detail at every scale, as in photos: noise whose amplitude falls with its frequency."""
+    rng = np.random.default_rng(0)
+    layers = [
+        Image.fromarray((rng.random((s, s)) * 255).astype(np.uint8)).resize((1024, 1024), 3) for s in (8, 64, 512)
+    ]
+    photo = sum(np.asarray(layer, float) * w for layer, w in zip(layers, (0.6, 0.3, 0.1), strict=True))
+    data = encoded(Image.fromarray(photo.astype(np.uint8)).convert("RGB"), "JPEG", quality=92)
+    goal = (128, 128)
+    reference = np.asarray(decode(data).resize(goal, Image.Resampling.BICUBIC), int)
+    small = decode(data, at_least=(256, 256))
+    assert small.size == (256, 256)
+    difference = abs(np.asarray(small.resize(goal, Image.Resampling.BICUBIC), int) - reference)
+    assert difference.mean() < 1
+    assert difference.max() < 16
+
+
+def test_a_cut_jpeg_is_refused_at_every_scale():
+    data = encoded(Image.fromarray(noise(256, 256, 3)), "JPEG")
+    for at_least in (None, (128, 128), (20, 20)):
+        with pytest.raises(ImageError, match=r"^Cannot decode shard\.tar/a\.jpg: the JPEG data is broken, cut short"):
+            decode(data[: len(data) // 2], at_least=at_least, name="shard.tar/a.jpg")
 
 
 # ---- tensors ----

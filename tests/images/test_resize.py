@@ -157,3 +157,44 @@ def test_right_size_is_left_alone_and_a_given_size_wins():
     image = photo(32, 48)
     assert ResizePolicy("nearest", multiple=16).apply(image) is image
     assert ResizePolicy("nearest", multiple=16).apply(image, (64, 64)).size == (64, 64)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "crop", "exact", "nearest"])
+@given(st.integers(16, 3000), st.integers(16, 3000), st.integers(16, 500), st.integers(1, 16))
+def test_the_covering_size_is_never_smaller_than_the_result(mode, height, width, size, multiple):
+    """Of a picture that has the covering size in both directions, nothing is scaled up."""
+    policy = ResizePolicy.parse(None if mode == "nearest" else [size], mode, multiple)
+    if mode == "nearest":
+        assert policy.covering_size(2.0) is None
+        return
+    covering = policy.covering_size(2.0)
+    if height >= covering[0] and width >= covering[1]:
+        target = policy.target_size(height, width)
+        assert target[0] <= height
+        assert target[1] <= width
+
+
+def smooth(height, width):
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (max(height // 4, 2), max(width // 4, 2), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("policy", [ResizePolicy("shortest", (64,), 16), ResizePolicy("exact", (48, 80))])
+@pytest.mark.parametrize("size", [(200, 300), (97, 50), (31, 33)])
+def test_torch_resizes_as_pillow_does_up_to_rounding(policy, size):
+    image = smooth(*size)
+    reference, fast = policy.pixels(image), policy.pixels(image, resizer="torch")
+    assert fast.dtype == torch.uint8
+    assert fast.shape == (3, *policy.target_size(*size))
+    assert fast.is_contiguous()
+    np.testing.assert_array_equal(reference.permute(1, 2, 0).numpy(), np.asarray(policy.apply(image)))
+    difference = (reference.int() - fast.int()).abs()
+    assert difference.max() <= 6
+    assert difference.float().mean() < 0.3
+
+
+def test_centre_crops_are_the_same_under_both_resizers():
+    image, policy = smooth(101, 150), ResizePolicy("crop", (64, 48))
+    assert torch.equal(policy.pixels(image), policy.pixels(image, resizer="torch"))
+    assert torch.equal(policy.pixels(image, (32, 32)), policy.pixels(image, (32, 32), resizer="torch"))

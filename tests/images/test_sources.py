@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from amradio.errors import OptionError
 from amradio.images import decode, expand
-from amradio.images.sources import ImageFile, _Found, _ids, natural_key
+from amradio.images.files import FileRows, Found
+from amradio.images.names import natural_key, portable
+from amradio.images.sources import ImageFile
 
 needs_links = pytest.mark.skipif(sys.platform == "win32", reason="links need privileges on Windows")
 
@@ -147,7 +149,8 @@ def test_equal_ids_all_get_a_digest_that_does_not_depend_on_the_order(tmp_path):
 
 @given(st.lists(st.text(min_size=1, max_size=300).filter(lambda t: "\0" not in t), min_size=1, max_size=8, unique=True))
 def test_ids_are_unique_portable_file_names(names):
-    ids = _ids([_Found(f"/root{i}/{name}", f"/root{i}/{name}", name) for i, name in enumerate(names)])
+    rows = FileRows(Found(f"/root{i}", name, f"/root{i}/{name}") for i, name in enumerate(names))
+    ids = [rows.source(i).id for i in range(len(names))]
     assert len({i.casefold() for i in ids}) == len(names)
     for i in ids:
         assert 0 < len(i.encode()) <= 180
@@ -158,11 +161,11 @@ def test_ids_are_unique_portable_file_names(names):
 
 @pytest.mark.parametrize(("name", "expected"), [("nul.jpg", "_nul.jpg"), ("COM1", "_COM1"), ("-rf.png", "_-rf.png")])
 def test_awkward_names(name, expected):
-    assert _ids([_Found(name, name, name)]) == [expected]
+    assert portable(name) == expected
 
 
 def test_unicode_names_stay_readable():
-    assert _ids([_Found("x", "x", "Käse/猫.jpg")]) == ["Käse__猫.jpg"]
+    assert portable("Käse/猫.jpg") == "Käse__猫.jpg"
 
 
 @given(st.lists(st.text(string.ascii_letters + string.digits, max_size=8)))

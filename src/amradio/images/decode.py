@@ -26,7 +26,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import (
@@ -57,6 +57,17 @@ MAX_PIXELS = 178_956_970
 
 WHITE = (255, 255, 255)
 
+DecodeMode = Literal["full", "draft"]
+"""How much of a picture is decoded that will be made smaller anyway.
+
+``full``, the reference: every pixel is decoded, then resized. ``draft``: a JPEG is decoded at the smallest of its
+whole, half, quarter and eighth size that still has `DRAFT_MARGIN` times the pixels in each direction that are needed;
+faster, and not the same to the last digit. Other formats are decoded in full.
+"""
+
+DRAFT_MARGIN = 2.0
+"""How much larger than needed a draft is: scaled by the decoder to just what is needed, it would lose detail."""
+
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,6 +78,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # height and width change places
+_UPRIGHT_SIZE = "amradio_upright_size"
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 _TIFF_WHITE_IS_ZERO = 0
 
@@ -97,6 +110,8 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
+    at_least: tuple[int, int] | None = None,
+    name: str | None = None,
 ) -> Image.Image:
     """Decode one picture completely.
 
@@ -104,15 +119,18 @@ def decode(
         source: A path, or the content of a file.
         max_pixels: Pixel budget; a header that promises more is refused before any pixel is decoded.
         background: RGB colour, 0..255, that shows through transparent parts.
+        at_least: (height, width) that the picture must still cover if it is decoded smaller, which saves time (see
+            `DecodeMode`); None decodes every pixel.
+        name: What messages call the source; default its path.
 
     Returns:
-        An upright RGB picture that holds no reference to the file.
+        An upright RGB picture that holds no reference to the file. `upright_size` tells how large its original is.
 
     Raises:
         ImageError: The source is missing, not a picture in one of `FORMATS`, too large, broken or cut short. The
             message names the source and the reason.
     """
-    name = "the given bytes" if isinstance(source, bytes) else os.fspath(source)
+    name = name or ("the given bytes" if isinstance(source, bytes) else os.fspath(source))
     try:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ImageError(
@@ -120,11 +138,24 @@ def decode(
                 "picture could not be told from a whole one; set it to False"
             )
         if isinstance(source, bytes):
-            return _decode_stream(io.BytesIO(source), len(source), max_pixels, background)
+            return _decode_stream(io.BytesIO(source), len(source), max_pixels, background, at_least)
         with _open_regular_file(source) as file:
-            return _decode_stream(file, os.fstat(file.fileno()).st_size, max_pixels, background)
+            return _decode_stream(file, os.fstat(file.fileno()).st_size, max_pixels, background, at_least)
     except ImageError as error:
         raise ImageError(f"Cannot decode {name}: {error}.") from error.__cause__
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Say how large the original of a picture is.
+
+    Args:
+        image: As `decode` returned it.
+
+    Returns:
+        (height, width) in pixels, upright: more than the picture's own if it was decoded smaller.
+    """
+    height, width = image.info.get(_UPRIGHT_SIZE, (image.height, image.width))
+    return int(height), int(width)
 
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
@@ -133,11 +164,20 @@ def to_uint8_tensor(image: Image.Image) -> Tensor:
     Raises:
         ImageError: The picture is not in RGB.
     """
+    return channels_first(image).contiguous()
+
+
+def channels_first(image: Image.Image) -> Tensor:
+    """See the pixels of an RGB picture as uint8 [3, H, W]; in memory, the three values of a pixel stand together.
+
+    Raises:
+        ImageError: The picture is not in RGB.
+    """
     import torch
 
     if image.mode != "RGB":
         raise ImageError(f"Expected an RGB picture as `decode` returns it, got mode {image.mode!r}.")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [3, H, W]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -165,7 +205,13 @@ def _open_regular_file(path: str | os.PathLike[str]) -> IO[bytes]:
         raise ImageError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def _decode_stream(stream: IO[bytes], size: int, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
+def _decode_stream(
+    stream: IO[bytes],
+    size: int,
+    max_pixels: int,
+    background: tuple[int, int, int],
+    at_least: tuple[int, int] | None,
+) -> Image.Image:
     if size == 0:
         raise ImageError("the file is empty (0 bytes)")
     name, factory = _recognise(stream)
@@ -176,6 +222,9 @@ def _decode_stream(stream: IO[bytes], size: int, max_pixels: int, background: tu
         with factory(stream, "") as image:
             _check_budget(image.size, max_pixels)
             samples = _stored_samples(image)
+            stored_size = image.size
+            if at_least is not None:
+                _decode_smaller(image, at_least)
             image.load()
             orientation = _orientation(image)
             rgb = _flatten(_scaled_to_8_bits(image, samples), samples, background)
@@ -186,7 +235,18 @@ def _decode_stream(stream: IO[bytes], size: int, max_pixels: int, background: tu
         raise ImageError(
             f"the {name} data is broken, cut short or of an unsupported kind ({detail.rstrip('.')})"
         ) from error
-    return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+    upright = rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+    if rgb.size != stored_size:
+        width, height = stored_size
+        upright.info[_UPRIGHT_SIZE] = (width, height) if orientation in _SIDEWAYS else (height, width)
+    return upright
+
+
+def _decode_smaller(image: ImageFile.ImageFile, at_least: tuple[int, int]) -> None:
+    """Have the JPEG decoder compute half, quarter or eighth the size, as long as that covers what is asked."""
+    if image.format in ("JPEG", "MPO"):
+        height, width = at_least[::-1] if _orientation(image) in _SIDEWAYS else at_least
+        image.draft(None, (width, height))
 
 
 def _recognise(stream: IO[bytes]) -> tuple[str, Callable[..., ImageFile.ImageFile]]:
