@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amradio.images import expand
+import amradio
+from amradio.images import expand, open_images
 from amradio.models.output import RadioOutput
+
+PROGRAMS = Path(__file__).parent / "programs.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(amradio.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 
 class FakeModel:
@@ -60,3 +68,41 @@ def photos(tmp_path):
         return expand([folder])
 
     return make
+
+
+@pytest.fixture
+def labelled(photos):
+    """The same, with two classes that take turns; in a list file, so that the order is that of the sizes."""
+
+    def make(sizes, broken=()):
+        images = photos(sizes, broken)
+        listing = images[0].path.parent.parent / "pictures.txt"
+        listing.write_text("".join(f"{images[i].path}\t{i % 2}\n" for i in range(len(images))))
+        return open_images(str(listing))
+
+    return make
+
+
+@pytest.fixture
+def start():
+    """Start `programs.py` in a process, or in several under torchrun."""
+
+    def run(*words, processes=1, **environment):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(PROGRAMS), *map(str, words)]
+        return subprocess.Popen(command, env=ENVIRONMENT | environment, stderr=subprocess.PIPE, text=True)
+
+    return run
+
+
+@pytest.fixture
+def program(start):
+    """Run `programs.py` to its end and return the exit code."""
+
+    def run(*words, check=True, **options):
+        with start(*words, **options) as process:
+            _, errors = process.communicate(timeout=120)
+        assert not check or process.returncode == 0, errors[-3000:]
+        return process.returncode
+
+    return run

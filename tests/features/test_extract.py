@@ -7,7 +7,7 @@ from torch import nn
 
 from amradio.errors import OptionError
 from amradio.features import ExtractOptions, StageTimer, extract
-from amradio.features.extract import is_out_of_memory
+from amradio.features.runner import is_out_of_memory
 from amradio.images import ResizePolicy, decode
 from amradio.models.output import RadioOutput
 
@@ -29,7 +29,7 @@ def test_order_and_values_with_mixed_sizes(model, photos):
     images = photos(sizes)
     records = run(images, model, batch_size=3)
     assert [r.position for r in records] == list(range(30))
-    assert [r.source for r in records] == images
+    assert [r.source for r in records] == list(images)
     assert [r.size for r in records] == sizes
     for record in records:
         summary, features = expected_output(record.source)

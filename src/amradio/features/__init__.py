@@ -1,27 +1,40 @@
 """Running a backbone over many pictures: loader, batches of one shape, model, sink; with the time of each stage.
 
 ```python
-from amradio.features import extract
-from amradio.images import ResizePolicy, expand
+from amradio.features import collect, extract
+from amradio.images import ResizePolicy, open_images
 
 policy = ResizePolicy.parse([512], multiple=model.min_resolution_step)
-for record in extract(expand(["photos"]), model, policy):
+for record in extract(open_images("photos"), model, policy):
     ...
+table = collect(open_images("photos"), model, policy)
 ```
 """
 
-from amradio.features.extract import ExtractOptions, FeatureModel, FeatureRecord, extract
+from amradio.features.collect import Failure, FeatureTable, collect
+from amradio.features.embed import EmbedOptions, embed
+from amradio.features.embeddings import Embeddings, load_embeddings
+from amradio.features.extract import extract
 from amradio.features.job import run_job
+from amradio.features.runner import ExtractOptions, FeatureModel, FeatureRecord, Keep
 from amradio.features.timing import StageTimer
 from amradio.features.writer import FeatureWriter, WriterOptions
 
 __all__ = [
+    "EmbedOptions",
+    "Embeddings",
     "ExtractOptions",
+    "Failure",
     "FeatureModel",
     "FeatureRecord",
+    "FeatureTable",
     "FeatureWriter",
+    "Keep",
     "StageTimer",
     "WriterOptions",
+    "collect",
+    "embed",
     "extract",
+    "load_embeddings",
     "run_job",
 ]

@@ -13,15 +13,21 @@ T = TypeVar("T")
 
 
 def batches_by_shape(
-    items: Iterable[T], shape: Callable[[T], Hashable], batch_size: int, look_ahead: int
+    items: Iterable[T],
+    shape: Callable[[T], Hashable],
+    batch_size: int,
+    look_ahead: int,
+    shard_size: int | None = None,
 ) -> Iterator[list[T]]:
-    """Group a stream into lists of equal shape.
+    """Group a stream into lists of equal shape. Which items come together depends on nothing but their shapes.
 
     Args:
         items: Any stream; read lazily.
         shape: What items of one batch have in common.
         batch_size: Longest list.
         look_ahead: How many items may be read after one before its list is given out, full or not.
+        shard_size: No list holds items from both sides of a multiple of this, so that the lists of a shard are the same
+            whatever else is in the stream; None: there are no such borders.
 
     Yields:
         Lists of 1 to `batch_size` items, each in the stream's order; every item exactly once.
@@ -30,6 +36,10 @@ def batches_by_shape(
     waiting: dict[Hashable, list[T]] = {}
     born: dict[Hashable, int] = {}
     for position, item in enumerate(items):
+        if shard_size is not None and position % shard_size == 0:
+            yield from waiting.values()
+            waiting.clear()
+            born.clear()
         key = shape(item)
         born.setdefault(key, position)
         waiting.setdefault(key, []).append(item)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-from amradio.features.extract import ExtractOptions, FeatureModel, FeatureRecord, extract
+from amradio.errors import OptionError
+from amradio.features.extract import extract
+from amradio.features.runner import ExtractOptions, FeatureModel, FeatureRecord
 from amradio.features.timing import StageTimer
 from amradio.features.writer import FeatureWriter, WriterOptions
 from amradio.images.resize import ResizePolicy
@@ -36,15 +37,17 @@ def run_job(
         on_record: Called for each picture, in order; for a progress bar.
 
     Returns:
-        A record that can be saved as JSON: ``images``, ``ok``, ``failed``, ``wall_s``, ``images_per_s`` (of successful
-        ones), ``waited_s`` and ``busy_s`` by stage (see `StageTimer`), ``bottleneck``, ``policy``, ``folder``.
+        A record that can be saved as JSON: ``images``, ``ok``, ``failed``, ``policy``, ``folder``, and what
+        `StageTimer.record` says.
 
     Raises:
-        OptionError: See `extract` and `FeatureWriter`.
+        OptionError: The feature maps are not kept. See also `extract` and `FeatureWriter`.
         OSError: Features could not be written. What was written so far is in the index.
     """
+    options = options or ExtractOptions()
+    if options.keep != "all":
+        raise OptionError(f"Feature maps are written, so they must be kept: keep='all', got {options.keep!r}.")
     timer = StageTimer()
-    start = time.perf_counter()
     with (
         FeatureWriter(folder, writer_options, timer) as writer,
         closing(extract(images, model, policy, options, timer)) as records,
@@ -53,16 +56,11 @@ def run_job(
             writer.write(record)
             if on_record is not None:
                 on_record(record)
-    wall_s = time.perf_counter() - start
     return {
         "images": writer.ok + writer.failed,
         "ok": writer.ok,
         "failed": writer.failed,
-        "wall_s": wall_s,
-        "images_per_s": writer.ok / wall_s,
-        "waited_s": dict(timer.waited_s),
-        "busy_s": dict(timer.busy_s),
-        "bottleneck": timer.bottleneck,
+        **timer.record(options.batch_size),
         "policy": str(policy),
         "folder": str(writer.folder),
     }

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from amradio.errors import ImageError, ResolutionError
 from amradio.features.timing import StageTimer
-from amradio.images.decode import to_uint8_tensor
-from amradio.images.resize import ResizePolicy
+from amradio.images.decode import DRAFT_MARGIN, DecodeMode, upright_size
+from amradio.images.resize import ResizePolicy, Resizer
 from amradio.images.sources import ImageSource
 
 
@@ -26,12 +26,21 @@ class DecodeOptions:
         snap: Maps (height, width) to the nearest size that the model supports.
         max_pixels: Budget of one picture; larger ones fail.
         background: RGB colour 0..255 behind transparent parts.
+        mode: How much of a JPEG is decoded that will be made smaller anyway.
+        resizer: What resizes.
     """
 
     policy: ResizePolicy
     snap: Callable[[int, int], tuple[int, int]]
     max_pixels: int
     background: tuple[int, int, int]
+    mode: DecodeMode = "full"
+    resizer: Resizer = "pillow"
+
+    @property
+    def at_least(self) -> tuple[int, int] | None:
+        """(height, width) that a picture decoded smaller must cover; None: it is decoded in full."""
+        return self.policy.covering_size(DRAFT_MARGIN) if self.mode == "draft" else None
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,10 @@ def load_picture(position: int, source: ImageSource, options: DecodeOptions) -> 
     """
     size = None
     try:
-        image = source.decode(max_pixels=options.max_pixels, background=options.background)
-        size = (image.height, image.width)
+        image = source.decode(max_pixels=options.max_pixels, background=options.background, at_least=options.at_least)
+        size = upright_size(image)  # of the original, which rules the size for the model
         target = options.snap(*options.policy.target_size(*size))
-        pixels = to_uint8_tensor(options.policy.apply(image, target))  # [3, H, W]
+        pixels = options.policy.pixels(image, target, options.resizer)  # [3, H, W]
     except (ImageError, ResolutionError) as error:
         return LoadedPicture(position, source, size, reason=str(error))
     return LoadedPicture(position, source, size, pixels)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from amradio.errors import OptionError
-from amradio.features.extract import FeatureRecord
+from amradio.features.files import UnstorableError, printable, remove_temporary_files, storable, write_atomically
+from amradio.features.runner import FeatureRecord
 from amradio.features.timing import StageTimer
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.parquet"
 INDEX_INTERVAL_S = 60.0
-_TEMPORARY_PREFIX = ".amradio-"
 
 Draw = Callable[[FeatureRecord], "Image"]
 
@@ -153,8 +153,7 @@ class FeatureWriter:
 
     def _remove_temporary_files(self) -> None:
         for folder in (self.folder, *(self.folder / name for name in ("features", *self.options.draw))):
-            for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-                leftover.unlink(missing_ok=True)
+            remove_temporary_files(folder)
 
     def _raise_first_error(self) -> None:
         done = [f for f in self._pending if f.done()]
@@ -165,9 +164,9 @@ class FeatureWriter:
     def _write_one(self, record: FeatureRecord) -> None:
         row: dict[str, Any] = {
             "id": record.source.id,
-            "path": _printable(record.source.location),
+            "path": printable(record.source.location),
             "status": "failed",
-            "reason": None if record.reason is None else _printable(record.reason),
+            "reason": None if record.reason is None else printable(record.reason),
         }
         if record.size is not None:
             row["height"], row["width"] = record.size
@@ -183,19 +182,14 @@ class FeatureWriter:
 
     def _write_outputs(self, record: FeatureRecord) -> dict[str, Any]:
         """Write the files of one picture and return what the index says about them."""
-        tensors: dict[str, Tensor] = {}
-        for name, output in record.outputs.items():
-            for part, tensor in output._asdict().items():
-                stored = tensor.to(self.options.dtype).contiguous()
-                if not tensor.isfinite().all():
-                    count = int((~tensor.isfinite()).sum())
-                    return {"reason": f"{name}.{part} has {count} values that are not finite: the model overflowed."}
-                if not stored.isfinite().all():
-                    largest = float(tensor.abs().max())
-                    return {
-                        "reason": f"{name}.{part} has values up to {largest:.4g}, too large for float16; use float32."
-                    }
-                tensors[f"{name}.{part}"] = stored
+        try:
+            tensors = {
+                f"{name}.{part}": storable(tensor, self.options.dtype, f"{name}.{part}")
+                for name, output in record.outputs.items()
+                for part, tensor in output._asdict().items()
+            }
+        except UnstorableError as error:
+            return {"reason": str(error)}
         file = f"features/{record.source.id}.{self.options.file_format}"
         write_atomically(self.folder / file, lambda path: _save(tensors, path, self.options.file_format))
         for name, draw in self.options.draw.items():
@@ -222,25 +216,6 @@ class FeatureWriter:
         self._index_time = time.monotonic()
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that its name only ever shows complete content.
-
-    Args:
-        target: The file; its folder exists.
-        write: Gets the path of a temporary file in the same folder.
-
-    Raises:
-        OSError: The file could not be written; the target is as it was, and the temporary file is gone.
-    """
-    temporary = target.with_name(f"{_TEMPORARY_PREFIX}{os.getpid()}-{threading.get_ident()}-{target.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
     if file_format == "npz":
         import numpy as np
@@ -251,8 +226,3 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
         from safetensors.torch import save_file
 
         save_file(tensors, path)
-
-
-def _printable(text: str) -> str:
-    """Paths may hold bytes that are not text; parquet takes text only."""
-    return os.fsencode(text).decode("utf-8", errors="backslashreplace")
