@@ -479,3 +479,37 @@ def test_torch_hub_refusals(root: Path, models: Path) -> None:
         hub_load(root, version=path, neck_name="encoder")
     with pytest.raises(OptionError, match="vitdet_window_size is not supported for c-radio_v3-b"):
         hub_load(root, version="c-radio_v3-b", vitdet_window_size=4)
+
+
+def test_the_default_dtype_does_not_leak_in(goldens: Path) -> None:
+    path = goldens / "models" / "v25_p16.pth.tar"
+    want = amradio.load(path, ["clip"])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = amradio.load(path, ["clip"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, a), b in zip(model.state_dict().items(), want.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+
+
+def test_a_small_file_cannot_ask_for_any_amount_of_memory(goldens: Path, tmp_path: Path) -> None:
+    file = torch.load(goldens / "models" / "v25_p16.pth.tar", weights_only=False)
+    file["state_dict"] = {k: v.new_zeros(1).expand(v.shape) for k, v in file["state_dict"].items()}
+    torch.save(file, tmp_path / "bomb.pth.tar")
+    with pytest.raises(CheckpointShapeError, match=r"only \d+ bytes of it are stored"):
+        amradio.load(tmp_path / "bomb.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 8}, "patch_size=8 contradicts the checkpoint, whose patches are 16 px"),
+        ({"vitdet_num_windowed": -1}, "vitdet_num_windowed must be at least 0, got -1"),
+        ({"vitdet_num_global": 0}, "vitdet_num_global must be at least 1, got 0"),
+    ],
+)
+def test_impossible_descriptions(goldens: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        amradio.load(goldens / "models" / "v25_p16.pth.tar", **options)

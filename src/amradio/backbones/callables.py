@@ -67,7 +67,7 @@ class CallableBackbone(Adapter):
             if value is not None and value < 1:
                 raise OptionError(f"{option} must be at least 1 pixel, got {value}.")
         preferred = _resolution(preferred_resolution)
-        name = name or getattr(fn, "__qualname__", type(fn).__name__)
+        name = name or str(getattr(fn, "__qualname__", type(fn).__name__))
         step = min_resolution_step or patch_size or 1
         unknown = Geometry(
             patch_size=patch_size or 0,
@@ -90,6 +90,10 @@ class CallableBackbone(Adapter):
         size = known.preferred_resolution or known.nearest(PROBE_SIDE, PROBE_SIDE)
         with torch.inference_mode():
             summary, features = self._called(self._conditioned(torch.zeros(1, 3, *size, device=device)))
+            if features.ndim not in (3, 4):
+                raise CapabilityError(
+                    f"{self.identity.source} returned features of the shape {list(features.shape)}. {_WANTED}"
+                )
             stride = known.patch_size or self._stride_of(features, size)
             self.geometry = Geometry(
                 patch_size=stride,
@@ -138,10 +142,8 @@ class CallableBackbone(Adapter):
                     f"map_fmt if the channels come last."
                 )
             tokens = map_to_tokens(maps)  # [B, L, D]
-        elif features.ndim == 3:
-            tokens = without_prefix(features, self.num_prefix_tokens, grid, name)  # [B, L, D]
         else:
-            raise CapabilityError(f"{name} returned features of the shape {list(features.shape)}. {_WANTED}")
+            tokens = without_prefix(features, self.num_prefix_tokens, grid, name)  # [B, L, D]
         if summary is None:
             summary = tokens.mean(dim=1)  # [B, D]
         if summary.ndim != 2:

@@ -15,7 +15,7 @@ from amradio.backbones.locate import Located, find_entry, locate
 from amradio.errors import OptionError
 from amradio.hub import HubOptions
 from amradio.models.adaptors import Adaptor
-from amradio.models.configs import PositionInterpolation, RadioConfig, Resolution
+from amradio.models.configs import PositionInterpolation, RadioConfig, Resolution, ViTConfig
 from amradio.models.radio import Compat, RadioModel
 from amradio.text.towers import has_text_side, load_text_tower
 from amradio.weights.args import with_listed_positions
@@ -65,6 +65,9 @@ class Overrides:
             if len(size) != 2:
                 raise OptionError(f"preferred_resolution must be (height, width), got {size}.")
             given["preferred_resolution"] = Resolution(*size)
+        for name, least in (("patch_size", 1), ("vitdet_num_windowed", 0), ("vitdet_num_global", 1)):
+            if name in given and given[name] < least:
+                raise OptionError(f"{name} must be at least {least}, got {given[name]}.")
         return given
 
 
@@ -185,12 +188,10 @@ def load_with_report(
             vitdet_window_size, overrides.given().get("supports_vitdet", entry.supports_vitdet), entry.version
         )
     located = locate(name, with_adaptors=bool(adaptors), hub=hub)
-    checkpoint = read_checkpoint(located.path)
-    config = configured(checkpoint.config, located.entry, overrides, position_interpolation)
-    _check_vitdet(vitdet_window_size, config.supports_vitdet, name)
+    checkpoint = read_located(located, overrides, position_interpolation)
+    _check_vitdet(vitdet_window_size, checkpoint.config.supports_vitdet, name)
     if compat == "official":
-        config = with_listed_positions(config)
-    checkpoint = dataclasses.replace(checkpoint, config=config, identity=_identity(checkpoint, located))
+        checkpoint = dataclasses.replace(checkpoint, config=with_listed_positions(checkpoint.config))
     model, report = build_model(checkpoint, adaptors, strict=strict, compat=compat)
     if vitdet_window_size is not None:
         model.set_vitdet(vitdet_window_size)
@@ -198,6 +199,28 @@ def load_with_report(
     if located.entry is not None:
         _say_licence(located.entry)
     return model, report
+
+
+def read_located(
+    located: Located, overrides: Overrides | None = None, interpolation: InterpolationChoice | None = None
+) -> Checkpoint:
+    """Read a checkpoint, with all that its file, the catalog and the caller know of it.
+
+    Args:
+        located: Where it is, and which published model it is.
+        overrides: What the caller says; wins.
+        interpolation: The caller's choice of position interpolation.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: It is unsafe, damaged or in no known layout.
+        OptionError: What the caller says does not fit.
+    """
+    checkpoint = read_checkpoint(located.path)
+    config = configured(checkpoint.config, located.entry, overrides or Overrides(), interpolation)
+    return dataclasses.replace(checkpoint, config=config, identity=_identity(checkpoint, located))
 
 
 def configured(
@@ -247,6 +270,9 @@ def configured(
                 f"{interpolation!r}."
             )
         known["position_interpolation"] = interpolation
+    trunk = config.backbone.patch_size if isinstance(config.backbone, ViTConfig) else None
+    if trunk is not None and known.get("patch_size", trunk) != trunk:
+        raise OptionError(f"patch_size={known['patch_size']} contradicts the checkpoint, whose patches are {trunk} px.")
     return dataclasses.replace(config, **known)
 
 

@@ -36,6 +36,7 @@ class RadioView(nn.Module):
             )
         self.radio = model
         self.name = name
+        self.training = model.training
 
     def forward(self, images: Tensor, feature_fmt: str = "NLC") -> RadioOutput:
         """Compute this view's summary and features; see `RadioModel.forward`."""
@@ -80,6 +81,11 @@ class RadioView(nn.Module):
     def get_nearest_supported_resolution(self, height: int, width: int) -> Resolution:
         """Round a size in pixels to the nearest one that the model accepts."""
         return self.radio.get_nearest_supported_resolution(height, width)
+
+    @property
+    def text(self) -> Any:
+        """The adaptor's text side, loaded at the first use; see `Adaptor.text`."""
+        return self._text_adaptor.text
 
     @property
     def tokenizer(self) -> Any:

@@ -149,7 +149,7 @@ def build_model(
         _cast(fresh, checkpoint.config.dtype)
         initial = fresh.state_dict()
         filled |= {k: initial[k] for k in report.missing}
-    filled["summary_idxs"] = torch.tensor(checkpoint.config.summary_idxs, dtype=torch.int64)
+    filled["summary_idxs"] = torch.tensor(checkpoint.config.summary_idxs, dtype=torch.int64, device="cpu")
     model.load_state_dict(filled, strict=True, assign=True)
     model.identity = checkpoint.identity
     return model.eval(), report
@@ -175,6 +175,7 @@ def lay_out(checkpoint: Checkpoint, adaptors: Sequence[str], compat: Compat = No
     _cast(model, checkpoint.config.dtype)
     wanted = {k: v for k, v in model.state_dict().items() if k != "summary_idxs"}
     have = checkpoint.tensors
+    _check_stored(have, checkpoint.identity.source)
     _check_shapes(wanted, have, checkpoint.identity.source)
     left_out = tuple(f"adaptors.{name}." for name in checkpoint.config.adaptors if name not in adaptors)
     report = KeyReport(
@@ -215,17 +216,31 @@ def _cast(model: RadioModel, dtype_name: str) -> None:
     for part in (model.model, model.feature_normalizer, model.inter_feature_normalizer):
         if part is not None:
             part.to(dtype)
+    model.adaptors.to(torch.float32)  # whatever torch.get_default_dtype() is
 
 
 def _check_depth(checkpoint: Checkpoint) -> None:
     """Refuse a description with more blocks than there are tensors, before thousands of modules are built."""
     backbone = checkpoint.config.backbone
-    depth = sum(backbone.depths) if isinstance(backbone, ERadioConfig) else backbone.depth
+    depths = backbone.depths if isinstance(backbone, ERadioConfig) else (backbone.depth,)
+    heads = [h.num_inner for a in checkpoint.config.adaptors.values() for h in (a.summary, a.features)]
+    depth = sum(map(abs, (*depths, *heads)))
     if depth > len(checkpoint.tensors):
         raise CheckpointShapeError(
             f"{checkpoint.identity.source} describes a model of {depth} blocks but has only {len(checkpoint.tensors)} "
             f"tensors; it is damaged or not what it says."
         )
+
+
+def _check_stored(have: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that repeat a few stored numbers: a small file could ask for any amount of memory."""
+    for name, t in have.items():
+        stored = t.untyped_storage().nbytes()
+        if t.numel() * t.element_size() > stored and t.device.type != "meta":
+            raise CheckpointShapeError(
+                f"{name} in {source} is {list(t.shape)} but only {stored:,} bytes of it are stored; the file is "
+                "damaged or made to exhaust memory. Nothing was allocated."
+            )
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor], source: str) -> None:
