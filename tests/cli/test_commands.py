@@ -173,3 +173,20 @@ def test_version_and_module_entry_point(capsys: pytest.CaptureFixture[str]) -> N
     )
     assert done.returncode == 0
     assert "c-radio_v4-h" in done.stdout
+
+
+def test_convert_keeps_what_only_the_catalog_knows(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amradio.backbones.locate import Located
+    from amradio.weights.catalog import resolve
+
+    entry = resolve("radio_v2.5-b")
+    found = Located(path=Path(checkpoint), source="somewhere", entry=entry, sha256="0" * 64)
+    monkeypatch.setattr("amradio.backbones.locate.locate", lambda *_, **__: found)
+    assert main(["convert", "radio_v2.5-b", str(tmp_path / "m.safetensors")]) == 0
+    monkeypatch.undo()
+    config = amradio.load(tmp_path / "m.safetensors").config
+    assert config.preferred_resolution == entry.preferred_resolution
+    assert config.max_resolution == entry.max_resolution
+    assert config.version == "radio_v2.5-b"

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from amradio.cli.arguments import normalise
+from amradio.cli.compare import Compare
 from amradio.cli.convert import Convert
 from amradio.cli.doctor import Doctor
+from amradio.cli.embed import Embed
+from amradio.cli.evaluate import Evaluate
 from amradio.cli.features import Features
 from amradio.cli.info import Info
 from amradio.cli.models import Models
@@ -25,6 +28,9 @@ COMMANDS: dict[str, type[Any]] = {
     "models": Models,
     "info": Info,
     "features": Features,
+    "embed": Embed,
+    "eval": Evaluate,
+    "compare": Compare,
     "convert": Convert,
     "doctor": Doctor,
 }

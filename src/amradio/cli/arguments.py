@@ -36,6 +36,8 @@ Size = Annotated[tuple[int, ...], _SIZE]
 def normalise(words: Sequence[str], command: type[Any]) -> list[str]:
     """Put options first and positional words last, each option with the values that belong to it.
 
+    A command with commands of its own (``eval knn``) begins with the inner command's name; the rest is the inner one's.
+
     Args:
         words: The words after the command's name.
         command: The command's dataclass.
@@ -43,6 +45,10 @@ def normalise(words: Sequence[str], command: type[Any]) -> list[str]:
     Returns:
         The same words in an order that argparse cannot misread; the two values of a size are joined into one word.
     """
+    inner = _inner_commands(command)
+    if inner:
+        known = bool(words) and words[0] in inner
+        return [words[0], *normalise(words[1:], inner[words[0]])] if known else list(words)
     takes = _values_taken(command)
     options: list[str] = []
     positional: list[str] = []
@@ -70,6 +76,18 @@ def normalise(words: Sequence[str], command: type[Any]) -> list[str]:
     return options + (["--", *positional] if any(p.startswith("-") for p in positional) else positional)
 
 
+def _inner_commands(command: type[Any]) -> dict[str, type[Any]]:
+    """The commands of a command by name: the members of a field whose type is a union of dataclasses."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    found: dict[str, type[Any]] = {}
+    for field in dataclasses.fields(command):
+        for member in typing.get_args(hints[field.name]):
+            kind = _bare(member)
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                found |= {e.name: kind for e in _extras(member) if hasattr(e, "prefix_name")}
+    return found
+
+
 def _values_taken(command: type[Any]) -> dict[str, str]:
     """For each option word of a command: ``flag``, ``value`` or ``size``."""
     hints = typing.get_type_hints(command, include_extras=True)
@@ -78,7 +96,8 @@ def _values_taken(command: type[Any]) -> dict[str, str]:
         hint = hints[field.name]
         extras = _extras(hint)
         kind = "size" if _SIZE in extras else "flag" if _bare(hint) is bool else "value"
-        names = ["--" + field.name.replace("_", "-"), *(a for e in extras for a in getattr(e, "aliases", None) or ())]
+        renamed = next((e.name for e in extras if getattr(e, "name", None)), field.name)
+        names = ["--" + renamed.replace("_", "-"), *(a for e in extras for a in getattr(e, "aliases", None) or ())]
         taken |= dict.fromkeys(names, kind)
     return taken
 

@@ -32,14 +32,16 @@ class Convert:
 
     def run(self) -> int:
         """Convert and say what was written; returns the exit code."""
+        from amradio.backbones.load import read_located
         from amradio.backbones.locate import locate
         from amradio.errors import OptionError
-        from amradio.weights.convert import convert
+        from amradio.weights.convert import save
 
         if self.target.exists() and not self.overwrite:
             raise OptionError(f"{self.target} exists already; pass --overwrite to replace it.")
         located = locate(self.source, with_adaptors=not self.backbone_only)
-        written = convert(located.path, self.target, self.to, backbone_only=self.backbone_only)
+        # With what the catalog knows: licence, ViTDet schedule and resolutions are in no official file.
+        written = save(read_located(located), self.target, self.to, backbone_only=self.backbone_only)
         if self.json:
             print(json.dumps({"source": located.source, "target": str(written), "layout": self.to}))
         else:

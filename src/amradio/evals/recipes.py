@@ -186,6 +186,4 @@ def _parse_run(data: Mapping[str, Any]) -> RecipeRun:
     words = shlex.split(data["command"])
     if not words or words[0] != "amradio":
         raise ValueError(f"the command {data['command']!r} does not begin with amradio")
-    return RecipeRun(
-        str(data["setting"]), tuple(words[1:]), {str(k): float(v) for k, v in data["expected"].items()}
-    )
+    return RecipeRun(str(data["setting"]), tuple(words[1:]), {str(k): float(v) for k, v in data["expected"].items()})

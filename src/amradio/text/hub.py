@@ -34,12 +34,13 @@ def _arguments(options: HubOptions) -> dict[str, Any]:
     }
 
 
-def fetch_description(repo: str, options: HubOptions) -> Path:
+def fetch_description(repo: str, options: HubOptions, also: Sequence[str] = ()) -> Path:
     """Fetch configuration and tokenizer of a repository.
 
     Args:
         repo: ``organisation/name``.
         options: How to ask.
+        also: Names of other small files that are wanted where the repository has them.
 
     Returns:
         The directory with the files; its name is the commit.
@@ -50,7 +51,7 @@ def fetch_description(repo: str, options: HubOptions) -> Path:
     from huggingface_hub import snapshot_download
 
     with translated_errors(repo, options):
-        directory = Path(snapshot_download(repo, allow_patterns=list(_DESCRIPTION), **_arguments(options)))
+        directory = Path(snapshot_download(repo, allow_patterns=[*_DESCRIPTION, *also], **_arguments(options)))
     if not (directory / "config.json").is_file():  # without a connection the hub client returns what the cache has
         if options.offline_reason:
             raise _offline(repo, "the configuration", options)
