@@ -5,6 +5,7 @@ model = torch.hub.load("OWNER/amradio", "radio_model", version="radio_v2.5-l", a
 ```
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,5 +62,5 @@ def radio_model(
     if model.identity.layout != "official":
         raise OptionError(f"return_checkpoint is for official .pth.tar files, {version} is {model.identity.layout!r}.")
     hub_options = {k: v for k, v in overrides.items() if k in HubOptions.__dataclass_fields__}
-    path = locate(version, with_adaptors=bool(adaptor_names), hub=HubOptions(**hub_options)).path
+    path = locate(os.fspath(version), with_adaptors=bool(adaptor_names), hub=HubOptions(**hub_options)).path
     return model, load_pickle(path)

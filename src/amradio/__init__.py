@@ -23,12 +23,14 @@ _EXPORTS = {
     "Resolution": "amradio.models.configs",
     "convert": "amradio.weights.convert",
     "load": "amradio.backbones.load",
+    "load_backbone": "amradio.backbones.dispatch",
     "save": "amradio.weights.convert",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from amradio.backbones.dispatch import load_backbone as load_backbone
     from amradio.backbones.load import load as load
     from amradio.backbones.protocol import Backbone as Backbone
     from amradio.errors import AmradioError as AmradioError

@@ -371,3 +371,54 @@ def test_output_is_a_named_pair() -> None:
     assert output[0] is output.summary
     assert output.to("meta").features.is_meta
     assert RadioOutput(None, torch.ones(1)).to(dtype=torch.float64)[0] is None  # type: ignore[arg-type]
+
+
+# ---- what is kept between calls, and what others may look at ----
+
+
+@pytest.mark.parametrize("name", [NAME, "eradio"])
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_results_follow_every_kind_of_optimizer(toy: Toy, name: str, how: dict[str, bool]) -> None:
+    model = toy(name).eval()
+    images = torch.rand(1, 3, 64, 96)
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=0.1, **how)
+    for _ in range(2):
+        with torch.no_grad():
+            model(images)
+        model(images).features.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            seen, want = model(images), copy.deepcopy(model)(images)  # a copy starts with nothing kept
+        assert torch.equal(seen.features, want.features)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_gradients_equal_eager_ones(toy: Toy, batch: int) -> None:
+    model = toy(NAME).eval()
+    images = torch.rand(batch, 3, 64, 96)
+    grads = []
+    for run in (model, torch.compile(model)):
+        model.zero_grad()
+        run(images).features.square().mean().backward()
+        grads.append([p.grad.clone() for p in model.model.parameters() if p.grad is not None])
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_see_what_training_would_show_them(toy: Toy) -> None:
+    model = toy(NAME).eval()
+    seen: list[torch.Tensor] = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    images = torch.rand(1, 3, 64, 64)
+    model(images)
+    with torch.no_grad():
+        model(images)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_bytes_are_refused(toy: Toy) -> None:
+    with pytest.raises(OptionError, match=r"Images must be floating point in \[0, 1\], got torch.uint8"):
+        toy(NAME)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -9,20 +10,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = itertools.count()
+_generation = 0
+_hook: Any = None
+
+
+def _watch_optimizers() -> None:
+    """Count the steps of all optimizers: fused ones, and those of sharded parameters, raise no version counter."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_on_step)
+
+
+def _on_step(*_: Any) -> None:
+    global _generation
+    _generation = next(_optimizer_steps) + 1
 
 
 class TensorCache:
     """Results, kept for one state of the tensors that they are computed from.
 
     Nothing here is part of the state dict. The cache holds aliases of its sources: as long as it does, no other tensor
-    can get their addresses, so equal addresses and versions mean equal values. (Writing through ``parameter.data`` is
-    the one change that torch counts nowhere, so it goes unnoticed.) Threads may share it.
+    can get their addresses, so equal addresses and versions mean equal values, as long as no optimizer has stepped:
+    fused and sharded ones write without raising a version, so every step in the process empties the cache. (Writing
+    through ``parameter.data`` is counted nowhere; `clear` after it.) Threads may share it.
     """
 
     def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
         self._sources: tuple[Tensor, ...] = ()
         self._versions: tuple[int, ...] = ()
+        self._generation = 0
         self._entries: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -40,9 +60,11 @@ class TensorCache:
         if any(s.is_inference() for s in sources):  # without a version counter, a change could not be noticed
             return compute()
         with self._lock:
+            _watch_optimizers()
             if not self._is_current(sources):
                 self._sources = tuple(s.detach() for s in sources)
                 self._versions = tuple(s._version for s in sources)
+                self._generation = _generation
                 self._entries.clear()
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -54,9 +76,13 @@ class TensorCache:
             return value
 
     def _is_current(self, sources: Sequence[Tensor]) -> bool:
-        return len(self._sources) == len(sources) and all(
-            held.data_ptr() == s.data_ptr() and held.device == s.device and version == s._version
-            for held, version, s in zip(self._sources, self._versions, sources, strict=True)
+        return (
+            self._generation == _generation
+            and len(self._sources) == len(sources)
+            and all(
+                held.data_ptr() == s.data_ptr() and held.device == s.device and version == s._version
+                for held, version, s in zip(self._sources, self._versions, sources, strict=True)
+            )
         )
 
     def clear(self) -> None:

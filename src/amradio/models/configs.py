@@ -45,10 +45,13 @@ class ViTConfig:
         layer_scale: Initial value of the per-channel branch scale, None for none.
         final_norm: Whether a layer norm (eps 1e-6) follows the last block.
         position: ``cpe`` crops the position grid after resizing it to a square; ``window`` crops without resizing
-            where the grid is large enough (CPE set up for the size that the model was built for); ``fixed`` accepts
-            only images of the grid's own size.
+            where the grid is large enough (CPE set up for the size that the model was built for); ``resize`` resizes
+            the whole grid bicubically, as in DINO; ``fixed`` accepts only images of the grid's own size.
         position_grid: Rows and columns of the stored position grid.
         position_of_prefix: Whether the prefix tokens have rows in the position embedding too (plain ViT).
+        position_offset: For ``resize``: added to the rows and columns asked for when the scale of the resize is
+            computed (0.1 in DINO, and in DINOv2 without registers); 0 resizes to the size itself.
+        position_antialias: For ``resize``: whether the resize is antialiased (DINOv2 with registers).
         num_cls_tokens: Class tokens, one a distinct teacher in RADIO.
         num_registers: Register tokens after them.
         pool: ``token``: summaries are class tokens; ``avg``: the mean over patches.
@@ -70,9 +73,11 @@ class ViTConfig:
     scaled_norm: bool = False
     layer_scale: float | None = None
     final_norm: bool = False
-    position: Literal["cpe", "window", "fixed"] = "cpe"
+    position: Literal["cpe", "window", "resize", "fixed"] = "cpe"
     position_grid: tuple[int, int] = (14, 14)
     position_of_prefix: bool = False
+    position_offset: float = 0.0
+    position_antialias: bool = False
     num_cls_tokens: int = 1
     num_registers: int = 0
     pool: Literal["token", "avg"] = "token"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -84,10 +85,12 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
     """
     if indices is None:
         return list(range(depth))
-    if isinstance(indices, int):
+    if isinstance(indices, SupportsIndex):
+        indices = operator.index(indices)
         if not 1 <= indices <= depth:
             raise OptionError(f"The last {indices} blocks were asked for, but n must be in 1 to {depth}.")
         return list(range(depth - indices, depth))
+    indices = [operator.index(i) for i in indices]
     wrong = [i for i in indices if not -depth <= i < depth]
     if wrong:
         raise OptionError(f"Block index {wrong[0]} is out of range (0 to {depth - 1}, or -{depth} to -1 from the end).")

@@ -32,8 +32,8 @@ class InputConditioner(nn.Module):
     def __init__(self, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> None:
         super().__init__()
         self.dtype: torch.dtype | None = None
-        self.register_buffer("norm_mean", torch.tensor(mean).view(-1, 1, 1))  # [3, 1, 1]
-        self.register_buffer("norm_std", torch.tensor(std).view(-1, 1, 1))  # [3, 1, 1]
+        self.register_buffer("norm_mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))  # [3, 1, 1]
+        self.register_buffer("norm_std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))  # [3, 1, 1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [0, 1] to zero mean and unit variance (of the statistics' data set)."""

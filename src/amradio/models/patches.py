@@ -101,13 +101,13 @@ class PatchGenerator(nn.Module):
             grid: (h, w) in patches.
 
         Returns:
-            [1, h*w, C] at inference, [B, h*w, C] in training (random crops and position dropout).
+            [1, h*w, C] at inference, [B, h*w, C] in training with CPE (random crops and position dropout).
 
         Raises:
             ResolutionError: The position embedding is fixed and has another grid.
             OptionError: In video mode, B is not a multiple of the frame count.
         """
-        if self.training and self.config.position != "fixed":
+        if self.training and self.config.position in ("cpe", "window"):
             positions = self.training_positions(batch, grid)  # [B or 1, h*w, C]
             keep = torch.rand(batch, 1, 1, device=positions.device) > POSITION_DROPOUT
             return torch.where(keep, positions, torch.zeros_like(positions))
@@ -199,7 +199,9 @@ class PatchGenerator(nn.Module):
                     f"got {h * p}x{w * p}. Resize the images to {rows * p}x{cols * p}."
                 )
         maps = self._position_map()  # [1, C, rows, cols]
-        if mode == "cpe":
+        if mode == "resize":
+            maps = self._resized_as_dino(maps, grid)
+        elif mode == "cpe":
             side = torch.sym_max(h, w)
             maps = _corner(self._interpolate(maps, (side, side)), h, w)
         else:
@@ -211,6 +213,14 @@ class PatchGenerator(nn.Module):
     def _interpolate(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=self.interpolation == "align_corners")
 
+    def _resized_as_dino(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Bicubic, at a scale that is slightly off where the weights were trained so: [1, C, h, w]."""
+        offset = self.config.position_offset
+        if not offset:
+            return F.interpolate(maps, size=grid, mode="bicubic", antialias=self.config.position_antialias)
+        scale = [(side + offset) / stored for side, stored in zip(grid, self.config.position_grid, strict=True)]
+        return F.interpolate(maps, scale_factor=scale, mode="bicubic", antialias=self.config.position_antialias)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchGenerator:
         self._cache.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -218,10 +228,13 @@ class PatchGenerator(nn.Module):
 
 
 def _corner(maps: Tensor, height: int, width: int) -> Tensor:
-    """The top left of maps [..., height, width].
+    """The top left of maps [..., height, width], contiguous.
 
-    It is gathered, because a slice has the strides of the whole: a compiled or exported graph would then be good for
-    one kind of aspect ratio (wide, tall, square) only.
+    A slice has the strides of the whole, with which a graph would be good for one kind of aspect ratio (wide, tall,
+    square) only. While exporting it is gathered, for a copy would keep the guard on strides; while compiling it must
+    not be, for inductor's backward of this gather writes out of bounds on the CPU (torch 2.13, batch of one).
     """
+    if not torch.compiler.is_exporting():
+        return maps[..., :height, :width].contiguous()
     rows, cols = torch.arange(height, device=maps.device), torch.arange(width, device=maps.device)
     return maps.index_select(-2, rows).index_select(-1, cols)

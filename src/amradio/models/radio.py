@@ -266,6 +266,10 @@ class RadioModel(nn.Module):
     def _check_size(self, images: Tensor) -> None:
         if images.ndim != 4:
             raise ResolutionError(f"Images must be [B, 3, H, W], got the shape {list(images.shape)}.")
+        if not images.is_floating_point():
+            raise OptionError(
+                f"Images must be floating point in [0, 1], got {images.dtype}. For bytes, pass images.float() / 255."
+            )
         height, width = images.shape[-2:]
         step = self.min_resolution_step
         if height % step or width % step or height == 0 or width == 0:
@@ -361,10 +365,14 @@ class RadioModel(nn.Module):
 
         Raises:
             CapabilityError: The trunk is not a vision transformer.
-            OptionError: `window_size` is below 1.
+            OptionError: `window_size`, `num_windowed` or `num_global` is too small.
         """
         if window_size is not None and window_size < 1:
             raise OptionError(f"vitdet_window_size must be at least 1, got {window_size}.")
+        if (num_windowed is not None and num_windowed < 0) or (num_global is not None and num_global < 1):
+            raise OptionError(
+                f"num_windowed must be at least 0 and num_global at least 1, got {num_windowed} and {num_global}."
+            )
         if num_windowed is None and num_global is None:
             num_windowed, num_global = self.config.vitdet_num_windowed, self.config.vitdet_num_global
         self._vit("ViTDet windows").set_windows(window_size, num_windowed, num_global)

@@ -70,13 +70,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to tokens [..., C]."""
-        x = _gelu(self.fc1(x))
+        x = _gelu(self.fc1(x), in_place=caching_is_safe() and not self.fc1._forward_hooks)
         return self.fc2(x if self.norm is None else self.norm(x))  # type: ignore[no-any-return]
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """Exact GELU; at inference in place, for the hidden layer is the largest tensor of the whole forward pass."""
-    return torch.ops.aten.gelu_(x) if caching_is_safe() else F.gelu(x)
+def _gelu(x: Tensor, in_place: bool) -> Tensor:
+    """Exact GELU; in place where nobody else sees `x`, for it is the largest tensor of the whole forward pass."""
+    return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
 
 
 class SwiGLU(nn.Module):
