@@ -52,7 +52,8 @@ def faiss():
         ("IVF16,Flat", {"nprobe": 16}, 1.0),
         ("IVF16,Flat", {"nprobe": 4}, 0.9),
         ("HNSW32", {"ef_search": 128, "ef_construction": 80}, 0.95),
-        ("PQ16", {}, 0.5),
+        ("PQ16np", {"train_rows": 1000}, 0.5),
+        ("IVF16,PQ16x4np", {"nprobe": 16}, 0.5),
         ("PCA16,IVF16,Flat", {"nprobe": 16, "train_rows": 1500}, 0.3),
     ],
 )
@@ -241,7 +242,7 @@ def test_scann_itself(scann, clustered, tmp_path):
     assert again.options == index.options
     assert torch.equal(again.search(queries, 10).indices, found.indices)
     (tmp_path / "moved" / "scann_docids.pkl").write_bytes(b"anything")
-    with pytest.raises(OptionError, match="holds a pickle, scann_docids.pkl"):
+    with pytest.raises(OptionError, match=r"holds a pickle, scann_docids.pkl"):
         load_index(tmp_path / "moved")
 
 
@@ -255,7 +256,7 @@ def test_folders_that_are_no_index(fake_scann, tmp_path):
 
 @pytest.mark.parametrize("spec", ["annoy", "faiss", "faiss:", "exact:5", "scann:5", ""])
 def test_unknown_kinds_are_refused(unit, spec):
-    with pytest.raises(OptionError, match="is no kind of index. Known: 'exact', 'scann', and 'faiss:'"):
+    with pytest.raises(OptionError, match=r"is no kind of index. Known: 'exact', 'scann', and 'faiss:'"):
         build_index(unit(9, 4), spec)
 
 

@@ -91,8 +91,8 @@ def test_every_process_raises_what_one_found(searched):
 
 
 def test_a_plan_counts_what_processes_exchange():
-    alone = plan_memory(10_000, 100_000, 64, 20)
-    several = plan_memory(10_000, 100_000, 64, 20, world_size=8)
+    alone = plan_memory(50_000, 100_000, 64, 20)
+    several = plan_memory(50_000, 100_000, 64, 20, world_size=8)
     assert several.parts["exchange"] > 8 * 8 * several.pass_rows * 20 * 12
     assert several.total_bytes <= several.limit_bytes
     assert several.pass_rows < alone.pass_rows

@@ -22,6 +22,7 @@ from amradio.cli.evaluate import Evaluate
 from amradio.cli.features import Features
 from amradio.cli.info import Info
 from amradio.cli.models import Models
+from amradio.cli.reproduce import Reproduce
 from amradio.errors import AmradioError
 
 COMMANDS: dict[str, type[Any]] = {
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[Any]] = {
     "embed": Embed,
     "eval": Evaluate,
     "compare": Compare,
+    "reproduce": Reproduce,
     "convert": Convert,
     "doctor": Doctor,
 }

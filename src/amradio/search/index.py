@@ -52,7 +52,8 @@ def build_index(database: Database, spec: str = "exact", **options: Any) -> Inde
             these. It is read block by block. Approximate indexes hold a copy of their own, ScaNN in float32.
         spec: ``exact``: `top_k`; options are `ExactOptions`.
             ``faiss:FACTORY``: any factory string of FAISS, such as ``faiss:Flat``, ``faiss:IVF1024,Flat``,
-            ``faiss:HNSW32``, ``faiss:IVF1024,PQ64``; options are `amradio.search.faiss_index.FaissOptions`.
+            ``faiss:HNSW32``, ``faiss:IVF1024,PQ64``, ``faiss:PQ64np`` (without ``np``, FAISS spends minutes on an order
+            of the codes that its default search does not use); options are `amradio.search.faiss_index.FaissOptions`.
             ``scann``: a partitioned, quantised and reordered ScaNN index; options are
             `amradio.search.scann_index.ScannOptions`.
         **options: Fields of the options of that kind.
