@@ -74,7 +74,7 @@ def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     (first, _) = json.loads(capsys.readouterr().out)["results"]
     assert first["ours"] is None
     assert "absent" in first["reason"]
-    assert main(["reproduce", path, "--dry-run", "--extra", "--limit 10"]) == 0
+    assert main(["reproduce", path, "--dry-run", "--extra=--limit 10"]) == 0
     assert capsys.readouterr().out == "amradio eval knn --dataset ./absent --limit 10\n"
 
     class Report:

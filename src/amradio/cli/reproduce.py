@@ -23,8 +23,8 @@ class Reproduce:
 
     recipe: tyro.conf.Positional[str] = ""
     """Name of a recipe, or path of a recipe file."""
-    extra: tuple[str, ...] = ()
-    """Words to add to every command, in one string: --extra "--device cuda --limit 1000"."""
+    extra: str = ""
+    """Words to add to every command: --extra="--device cuda --limit 1000"."""
     dry_run: bool = False
     """Print the commands and do nothing."""
     json: bool = False
@@ -52,7 +52,7 @@ class Reproduce:
         return 0 if all(c.reproduced for c in found) else 1
 
     def _words(self, run: RecipeRun) -> list[str]:
-        return [*run.command, *(word for text in self.extra for word in shlex.split(text))]
+        return [*run.command, *shlex.split(self.extra)]
 
     def _measure(self, recipe: Recipe, run: RecipeRun) -> list[Comparison]:
         """One run's values; a missing model or data set becomes the reason, so that the other runs go on."""
