@@ -6,6 +6,7 @@ rows of different counts (no padding is seen, nothing is dropped or repeated), a
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,12 @@ def init_group(device: torch.device | str | None = None) -> Iterator[Group | Non
     own = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=own if kind == "cuda" else None)
+    # A process that is done waits for the slowest one, maybe for hours; if one fails, torchrun ends the others.
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        device_id=own if kind == "cuda" else None,
+        timeout=datetime.timedelta(days=1),
+    )
     try:
         yield Group(int(os.environ["RANK"]), world_size, local_rank, own)
     finally:

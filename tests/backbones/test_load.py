@@ -513,3 +513,18 @@ def test_a_small_file_cannot_ask_for_any_amount_of_memory(goldens: Path, tmp_pat
 def test_impossible_descriptions(goldens: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         amradio.load(goldens / "models" / "v25_p16.pth.tar", **options)
+
+
+@pytest.mark.parametrize("kind", ["laughs", "cycle"])
+def test_arguments_cannot_exhaust_memory(goldens: Path, tmp_path: Path, kind: str) -> None:
+    file = torch.load(goldens / "models" / "v25_p16.pth.tar", weights_only=False)
+    bomb: Any = []
+    if kind == "laughs":
+        for _ in range(40):
+            bomb = [bomb, bomb]
+    else:
+        bomb.append(bomb)
+    vars(file["args"])["extra"] = bomb
+    torch.save(file, tmp_path / "bomb.pth.tar")
+    with pytest.raises(CheckpointError, match="The training arguments have more than"):
+        amradio.load(tmp_path / "bomb.pth.tar")

@@ -53,7 +53,7 @@ def faiss():
         ("IVF16,Flat", {"nprobe": 4}, 0.9),
         ("HNSW32", {"ef_search": 128, "ef_construction": 80}, 0.95),
         ("PQ16np", {"train_rows": 1000}, 0.5),
-        ("IVF16,PQ16x4np", {"nprobe": 16}, 0.5),
+        ("IVF16,PQ16x4np", {"nprobe": 16}, 0.3),
         ("PCA16,IVF16,Flat", {"nprobe": 16, "train_rows": 1500}, 0.3),
     ],
 )

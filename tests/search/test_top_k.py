@@ -89,7 +89,7 @@ def test_shortened_matrix_products_change_nothing(unit, reference):
 sizes = st.integers(1, 60)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), sizes, sizes, sizes, st.integers(1, 40), st.integers(1, 12), st.booleans())
 def test_no_chunking_changes_a_bit(seed, query_rows, database_rows, pass_rows, k, dim, ties):
     random = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def test_no_chunking_changes_a_bit(seed, query_rows, database_rows, pass_rows, k
     assert torch.equal(found.scores, scores.gather(1, order))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), sizes, sizes, st.integers(1, 150))
 def test_ties_of_a_similarity_go_to_the_lower_row(seed, query_rows, database_rows, k):
     random = torch.Generator().manual_seed(seed)
@@ -235,7 +235,7 @@ def test_no_queries(unit):
 @pytest.mark.parametrize("mebibytes", [5, 200])
 @pytest.mark.parametrize("case", ["float32", "bfloat16", "ties", "similarity"])
 def test_a_plan_is_kept(unit, peak_bytes, mebibytes, case):
-    queries, database, options = unit(800, 64, 1), unit(6000, 64, 2), {}
+    queries, database, options = unit(500, 64, 1), unit(6000, 64, 2), {}
     if case == "bfloat16":
         options["dtype"] = torch.bfloat16
     if case == "ties":
@@ -243,11 +243,11 @@ def test_a_plan_is_kept(unit, peak_bytes, mebibytes, case):
     if case == "similarity":
         options["similarity"] = lambda q, d: q @ d.T
     limit = mebibytes * 2**20
-    plan = plan_memory(800, 6000, 64, 20, memory_limit_bytes=limit, dtype=options.get("dtype", torch.float32))
+    plan = plan_memory(500, 6000, 64, 20, memory_limit_bytes=limit, dtype=options.get("dtype", torch.float32))
     assert plan.total_bytes <= limit
     peak = peak_bytes(lambda: top_k(queries, database, 20, memory_limit_bytes=limit, **options))
     assert peak <= plan.total_bytes + plan.result_bytes
-    assert mebibytes > 5 or plan.matrix_bytes > 3 * limit
+    assert mebibytes > 5 or plan.matrix_bytes > 2 * limit
 
 
 def test_memory_does_not_change_the_result(unit):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from amradio.models.configs import ERadioConfig, RadioConfig
 from amradio.models.radio import Compat, RadioModel
 
 _SHOWN = 20
+_MAX_ARGUMENTS, _MAX_NESTING = 1_000_000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,17 +260,31 @@ def _check_shapes(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor], sour
 
 
 def jsonable(value: Any) -> Any:
-    """Turn training arguments into JSON: dtypes become their names, tuples lists, anything else its ``str``."""
+    """Turn training arguments into JSON: dtypes become their names, tuples lists, anything else its ``str``.
+
+    Raises:
+        CheckpointError: They are nested deeper, or have more values, than any training run's. A few bytes of a pickle
+            can stand for billions of values, or contain themselves.
+    """
+    return _jsonable(value, itertools.count(), 0)
+
+
+def _jsonable(value: Any, counter: Iterator[int], depth: int) -> Any:
+    if next(counter) > _MAX_ARGUMENTS or depth > _MAX_NESTING:
+        raise CheckpointError(
+            f"The training arguments have more than {_MAX_ARGUMENTS:,} values or are nested more than {_MAX_NESTING} "
+            "deep; the file is damaged or made to exhaust memory."
+        )
     if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
+        return {str(k): _jsonable(v, counter, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [jsonable(v) for v in value]
+        return [_jsonable(v, counter, depth + 1) for v in value]
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if hasattr(value, "__dict__"):
-        return jsonable(vars(value))
+        return _jsonable(vars(value), counter, depth + 1)
     return str(value)
 
 
