@@ -2,11 +2,11 @@
 
     python benchmarks/search.py --out benchmarks/results/search_cpu.json
 
-Contenders: amradio's `top_k`; the same matrix products alone, in the same blocks, whose results are thrown away; FAISS's
-flat index; and what RADIO's evaluation scripts do, which is to build the whole similarity matrix and call ``topk`` on it.
-All answers are compared before anything is timed. In each round every contender runs once, in turn, so that what slows
-the machine down slows all of them; a ratio is the median over rounds of (theirs / ours). Peak memory is measured in a
-process of its own for each.
+Contenders: amradio's `top_k`; the same matrix products alone, in the same blocks, whose results are thrown away;
+FAISS's flat index; and what RADIO's evaluation scripts do, which is to build the whole similarity matrix and call
+``topk`` on it. All answers are compared before anything is timed. In each round every contender runs once, in turn, so
+that what slows the machine down slows all of them; a ratio is the median over rounds of (theirs / ours). Peak memory is
+measured in a process of its own for each.
 
 The data are unit vectors in 1,000 clusters. Approximate indexes are timed once each, with their recall; what an index
 finds depends on the data, so theirs say little about other sets. The plan for the real ImageNet is printed beside.
@@ -286,8 +286,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"- Versions: {', '.join(f'{k} {v}' for k, v in m['versions'].items())}",
         f"- Clock: {report['clock']} time",
         "",
-        "| queries x rows x features | dtype | k | contender | seconds | theirs / ours (quartiles) | rounds | peak MiB | "
-        "same neighbours |",
+        "| queries x rows x features | dtype | k | contender | seconds | theirs / ours (quartiles) | rounds | "
+        "peak MiB | same neighbours |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in report["measured"]:

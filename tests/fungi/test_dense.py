@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import amradio
+from amradio.backbones.callables import CallableBackbone
 from amradio.errors import CapabilityError, OptionError
 from amradio.features import ExtractOptions, extract
 from amradio.fungi import DenseConfig, DenseFungiBackbone, SupportIndex
@@ -357,6 +358,29 @@ def test_an_image_of_one_token_has_nothing_to_contrast(tiny: Any, support: Suppo
     backbone = DenseFungiBackbone(tiny(), DenseConfig(latent_dim=12, loss_tokens="patches"), support=support)
     with pytest.raises(OptionError, match="needs at least 2 of them, got 1"):
         backbone(torch.rand(1, 3, 8, 8))
+
+
+class Enlarged(torch.nn.Module):
+    """Gives four features for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.embed(images)
+        tokens = self.layer(maps.flatten(2).mT)
+        return F.interpolate(tokens.mT.view_as(maps), scale_factor=2)
+
+
+def test_tokens_that_are_not_features() -> None:
+    model = CallableBackbone(Enlarged(), patch_size=4, min_resolution_step=8)
+    config = DenseConfig(latent_dim=12, layer="layer")
+    backbone = DenseFungiBackbone(model, config, support=SupportIndex(torch.randn(9, 8)))
+    with pytest.raises(
+        CapabilityError, match=r"4 tokens go through the layer fn.layer, and 16 come out of the backbone"
+    ):
+        backbone(torch.rand(1, 3, 16, 16))
 
 
 def test_pca_of_the_exact_kernel(tiny: Any, support: SupportIndex, images: Tensor) -> None:

@@ -122,6 +122,24 @@ def test_features_depend_on_neither_batch_nor_order(fungi: FungiWrapper, images:
             torch.testing.assert_close(fungi.features(images[i : i + 1])[name][0], found[i], atol=1e-5, rtol=0)
 
 
+def test_few_views_are_held_at_once(fungi: FungiWrapper, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fungi.features(images)
+    seen: list[int] = []
+    gradients = fungi.gradients
+
+    def counted(objective: Objective, views: Tensor) -> Any:
+        seen.append(views.shape[0] * views.shape[1])
+        return gradients(objective, views)
+
+    monkeypatch.setattr(fungi, "gradients", counted)
+    found = fungi.features(images)
+    assert sum(seen) == 5 * (1 + 5 + 9 + 6)
+    assert max(seen) == 9  # one picture's windows; elsewhere at most view_batch = 7
+    for name, features in found.items():
+        torch.testing.assert_close(features, expected[name], atol=1e-5, rtol=0)
+    assert fungi.features([])["kl"].shape == (0, 32)
+
+
 def test_the_same_picture_in_any_form(fungi: FungiWrapper, images: Tensor) -> None:
     expected = fungi.features(images[:1])
     forms = [images[0].float() / 255, Image.fromarray(images[0].permute(1, 2, 0).numpy())]

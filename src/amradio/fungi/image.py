@@ -28,6 +28,7 @@ from amradio.fungi.wrapper import Wrapper
 from amradio.models.output import RadioOutput
 
 _WORKERS = 8
+_FITTED_AT_ONCE = 4  # pictures whose views are held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ class FungiWrapper(Wrapper):
             if not isinstance(objective, FittedObjective):
                 continue
             embeddings = []
-            for batch in _grouped(pictures(self._ordered(data), objective.support_size)):
+            for batch in _grouped(pictures(self._ordered(data), objective.support_size), _FITTED_AT_ONCE):
                 views = self._made(objective.support_views, batch, name)  # [B, V', 3, S, S]
                 embeddings.append(self._embedded(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
             if not embeddings:
@@ -192,8 +193,8 @@ class FungiWrapper(Wrapper):
         batch = [as_picture(item) for item in items]
         result = {}
         for name, objective in self.objectives.items():
-            found = self.gradients(objective, self._made(objective.views, batch, name))
-            result[name] = unit(self.project(found))
+            projected = [self.project(self.gradients(objective, views)) for views in self._passes(objective, batch)]
+            result[name] = unit(torch.cat(projected)) if projected else torch.empty(0, self.projection.dim)
         return result
 
     def forward(self, images: Tensor, feature_fmt: str = "NLC") -> RadioOutput:
@@ -265,6 +266,15 @@ class FungiWrapper(Wrapper):
             raise OptionError(f"The backbone does not take views of {wanted}x{wanted}; the nearest size is {size}.")
         return size[0]
 
+    def _passes(self, objective: Objective, batch: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Views [b, V, 3, S, S] of some pictures at a time: as many as fill one pass, for views are large."""
+        start, count = 0, 1  # the first picture shows how many views there are
+        while start < len(batch):
+            views = self._made(objective.views, batch[start : start + count], objective.name)
+            start += count
+            count = max(self.config.view_batch // views.shape[1], 1)
+            yield views
+
     def _made(self, make: Any, batch: Sequence[Tensor], name: str) -> Tensor:
         """Views [B, V, 3, S, S] of some pictures; Pillow resizes without the GIL, so in threads."""
         seeds = [picture_seed(picture, self.config.seed, name) for picture in batch]
@@ -282,7 +292,7 @@ class FungiWrapper(Wrapper):
         return data.shuffled(self.config.seed) if isinstance(data, ImageSet) else data
 
 
-def _grouped(items: Iterator[Tensor], size: int = 16) -> Iterator[list[Tensor]]:
+def _grouped(items: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
     for item in items:
         group.append(item)
