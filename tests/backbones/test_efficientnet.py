@@ -25,7 +25,7 @@ def test_the_number_of_parameters_is_the_published_one() -> None:
 @pytest.mark.parametrize("size", [(7, 8), (12, 5), (1, 2)])
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
 def test_padding_is_that_of_tensorflow(kernel: int, stride: int, size: tuple[int, int]) -> None:
-    conv = SameConv2d(2, 4, kernel, stride)
+    conv = SameConv2d(2, 4, kernel, stride, bias=False)
     x = torch.randn(1, 2, *size)
     out = [-(-side // stride) for side in size]
     expected = torch.zeros(1, 4, *out)

@@ -103,7 +103,7 @@ def test_what_a_layout_cannot_hold_is_listed(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"The transformers layout has no place for parts of {source}: the adaptors clip, siglip2-g, dino_v2, sam; the "
         f"feature normalizer; the normalizer of intermediate features. Pass backbone_only=True (--backbone-only on the "
-        f"command line) to leave them out, or choose another layout: native and huggingface hold everything."
+        f"command line) to leave them out, or choose another layout: native holds everything, huggingface everything that RADIO models have."
     )
     assert not list(tmp_path.iterdir())
 
@@ -127,7 +127,7 @@ def test_contradicting_shapes_are_not_spread(tmp_path: Path) -> None:
         save(checkpoint, tmp_path / "m.safetensors")
     deep = dataclasses.replace(checkpoint.config.backbone, depth=10**9)
     broken = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, backbone=deep))
-    with pytest.raises(CheckpointShapeError, match="describes a model of 1000000000 blocks but has only"):
+    with pytest.raises(CheckpointShapeError, match="describes a model of 1000000002 blocks but has only"):
         save(broken, tmp_path / "m.safetensors")
 
 

@@ -37,6 +37,8 @@ class ViTConfig:
         mlp_hidden_dim: Width of the MLP's hidden layer (of one half for SwiGLU).
         patch_size: Side P of a square patch, in pixels.
         in_chans: Image channels.
+        stem: How pixels become tokens: ``patch`` (a linear map of each patch) or ``efficientnet-lite0`` (see
+            `amradio.models.stem`; patches of 16 pixels, images in [-1, 1] after the input conditioner).
         mlp: ``gelu`` (fc1, exact GELU, fc2) or ``swiglu`` (w12, SiLU gate, w3).
         mlp_norm: A layer norm (eps 1e-5) between the GELU and fc2, as in radio_v2.1.
         qkv_bias: Whether the qkv projection has a bias.
@@ -66,6 +68,7 @@ class ViTConfig:
     mlp_hidden_dim: int
     patch_size: int = 16
     in_chans: int = 3
+    stem: Literal["patch", "efficientnet-lite0"] = "patch"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_norm: bool = False
     qkv_bias: bool = True
@@ -92,6 +95,11 @@ class ViTConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}.")
+        if self.stem != "patch" and (self.patch_size, self.in_chans) != (16, 3):
+            raise ConfigError(
+                f"The stem {self.stem!r} takes 3 channels to patches of 16 pixels, got in_chans={self.in_chans} and "
+                f"patch_size={self.patch_size}."
+            )
 
     @property
     def num_prefix_tokens(self) -> int:

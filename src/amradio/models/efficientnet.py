@@ -5,6 +5,7 @@ Paper: arXiv 1905.11946; the Lite variants are described in the tensorflow/tpu r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -48,10 +49,7 @@ STAGE_OF_STRIDE = {16: 4, 32: 6}
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution without bias, padded so that ``ceil(size / stride)`` positions remain, the odd one at the end."""
-
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
+    """A convolution padded so that ``ceil(size / stride)`` positions remain, the odd one at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve maps [B, C, h, w]."""
@@ -66,29 +64,51 @@ class SameConv2d(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, and ReLU6 if `act`."""
+    """Convolution, batch norm, and ReLU6 if `act`.
 
-    def __init__(self, conv: SameConv2d, act: bool = True) -> None:
+    Args:
+        width_in: Channels that come in.
+        width: Channels that go out.
+        kernel: Side of the kernel.
+        stride: Of the convolution.
+        groups: Of the convolution.
+        act: Whether ReLU6 follows.
+        folded: The norm is part of the convolution, which has a bias instead (see `folded_norms`).
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        act: bool = True,
+        folded: bool = False,
+    ) -> None:
         super().__init__()
-        self.conv = conv
-        self.norm = nn.BatchNorm2d(conv.out_channels, eps=NORM_EPS)
+        self.conv = SameConv2d(width_in, width, kernel, stride, groups=groups, bias=folded)
+        self.norm = nn.Identity() if folded else nn.BatchNorm2d(width, eps=NORM_EPS)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to maps [B, C, h, w]."""
-        y = self.norm(self.conv(x))
+        y: Tensor = self.norm(self.conv(x))
         return F.relu6(y) if self.act else y
 
 
 class InvertedResidual(nn.Module):
     """Expand, depthwise convolution, project; added to the input where shapes allow."""
 
-    def __init__(self, width_in: int, width: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, width_in: int, width: int, kernel: int, stride: int, expansion: int, folded: bool = False
+    ) -> None:
         super().__init__()
         hidden = width_in * expansion
-        self.expand = ConvNorm(SameConv2d(width_in, hidden, 1)) if expansion > 1 else nn.Identity()
-        self.depthwise = ConvNorm(SameConv2d(hidden, hidden, kernel, stride, groups=hidden))
-        self.project = ConvNorm(SameConv2d(hidden, width, 1), act=False)
+        self.expand = ConvNorm(width_in, hidden, 1, folded=folded) if expansion > 1 else nn.Identity()
+        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden, folded=folded)
+        self.project = ConvNorm(hidden, width, 1, act=False, folded=folded)
         self.residual = stride == 1 and width_in == width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +117,49 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetTrunk(nn.Module):
+    """The convolutional stages of EfficientNet-Lite0.
+
+    Args:
+        folded: Norms are part of the convolutions, so that nothing depends on the rest of a batch, and training and
+            evaluation are alike.
+    """
+
+    def __init__(self, folded: bool = False) -> None:
+        super().__init__()
+        self.stem = ConvNorm(3, STEM_WIDTH, 3, 2, folded=folded)
+        self.blocks = nn.ModuleList()
+        self._taps = {}
+        width = STEM_WIDTH
+        for index, stage in enumerate(LITE0):
+            for i in range(stage.repeats):
+                expansion = EXPANSION if len(self.blocks) else 1
+                stride = stage.stride if i == 0 else 1
+                self.blocks.append(InvertedResidual(width, stage.width, stage.kernel, stride, expansion, folded))
+                width = stage.width
+            for stride, last in STAGE_OF_STRIDE.items():
+                if last == index:
+                    self._taps[len(self.blocks) - 1] = stride
+
+    def maps(self, images: Tensor) -> dict[int, Tensor]:
+        """Run the stages.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            By stride: the map [B, 112, ceil(H/16), ceil(W/16)], and the last one [B, 320, ceil(H/32), ceil(W/32)].
+        """
+        found: dict[int, Tensor] = {}
+        x: Tensor = self.stem(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self._taps:
+                found[self._taps[i]] = x
+        return found
+
+
+class EfficientNetLite(EfficientNetTrunk):
     """EfficientNet-Lite0 without its classifier.
 
     Args:
@@ -111,22 +173,12 @@ class EfficientNetLite(nn.Module):
     """
 
     def __init__(self, stride: int = 32) -> None:
-        super().__init__()
         if stride not in STAGE_OF_STRIDE:
             raise OptionError(f"stride must be one of {list(STAGE_OF_STRIDE)}, got {stride}.")
+        super().__init__()
         self.stride = stride
         self.width = LITE0[STAGE_OF_STRIDE[stride]].width
-        self._tap = sum(stage.repeats for stage in LITE0[: STAGE_OF_STRIDE[stride] + 1]) - 1
-        self.stem = ConvNorm(SameConv2d(3, STEM_WIDTH, 3, 2))
-        self.blocks = nn.ModuleList()
-        width = STEM_WIDTH
-        for stage in LITE0:
-            for i in range(stage.repeats):
-                expansion = EXPANSION if len(self.blocks) else 1
-                stride_i = stage.stride if i == 0 else 1
-                self.blocks.append(InvertedResidual(width, stage.width, stage.kernel, stride_i, expansion))
-                width = stage.width
-        self.head = ConvNorm(SameConv2d(width, HEAD_WIDTH, 1))
+        self.head = ConvNorm(LITE0[-1].width, HEAD_WIDTH, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -137,10 +189,26 @@ class EfficientNetLite(nn.Module):
         Returns:
             The pooled vector [B, 1280], which the classifier would get, and the map [B, width, H/stride, W/stride].
         """
-        x: Tensor = self.stem(images)
-        features = x
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i == self._tap:
-                features = x
-        return self.head(x).mean(dim=(2, 3)), features
+        maps = self.maps(images)
+        return self.head(maps[32]).mean(dim=(2, 3)), maps[self.stride]
+
+
+def folded_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold each batch norm into its convolution.
+
+    Args:
+        tensors: State dict of a network with norms.
+
+    Returns:
+        State dict of the same network built with ``folded=True``.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in tensors.items():
+        if not name.endswith(".conv.weight"):
+            continue
+        prefix = name.removesuffix("conv.weight")
+        mean, variance = tensors[f"{prefix}norm.running_mean"], tensors[f"{prefix}norm.running_var"]
+        scale = tensors[f"{prefix}norm.weight"].double() / (variance.double() + NORM_EPS).sqrt()
+        found[name] = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        found[f"{prefix}conv.bias"] = (tensors[f"{prefix}norm.bias"].double() - mean.double() * scale).to(weight.dtype)
+    return found

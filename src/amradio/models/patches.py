@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from amradio.errors import OptionError, ResolutionError
 from amradio.models.cache import TensorCache, caching_is_safe
 from amradio.models.configs import PositionInterpolation, ViTConfig
+from amradio.models.stem import EfficientNetStem
 
 POSITION_DROPOUT = 0.1
 MIN_CROP = math.sqrt(0.1)
@@ -56,7 +57,11 @@ class PatchGenerator(nn.Module):
         c, rows = config.embed_dim, config.position_grid[0] * config.position_grid[1]
         if config.position_of_prefix:
             rows += config.num_prefix_tokens
-        self.embedder = nn.Linear(config.in_chans * config.patch_size**2, c, bias=config.patch_bias)
+        self.embedder: nn.Module = (
+            nn.Linear(config.in_chans * config.patch_size**2, c, bias=config.patch_bias)
+            if config.stem == "patch"
+            else EfficientNetStem(c)
+        )
         self.pos_embed = nn.Parameter(torch.randn(1, rows, c) * c**-0.5)
         self.cls_token = PrefixTokens(config.num_prefix_tokens, c) if config.num_prefix_tokens else None
         self.patch_normalizer = nn.LayerNorm(c, eps=1e-5) if config.patch_norm else None
@@ -87,6 +92,8 @@ class PatchGenerator(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Cut images [B, in_chans, H, W] into patches (channel, row, column order) and embed them: [B, h*w, C]."""
+        if self.config.stem != "patch":
+            return self.embedder(images)  # type: ignore[no-any-return]
         b, chans, height, width = images.shape
         p = self.config.patch_size
         x = images.reshape(b, chans, height // p, p, width // p, p)  # [B, chans, h, P, w, P]

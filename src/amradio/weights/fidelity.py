@@ -20,7 +20,7 @@ CATALOG_FIELDS = (
 )
 """Fields that recommend or name and change no number; layouts without a place for them rely on the catalog."""
 
-WHOLE = "native and huggingface hold everything"
+WHOLE = "native holds everything, huggingface everything that RADIO models have"
 
 
 def without_heads(checkpoint: Checkpoint) -> Checkpoint:
@@ -93,6 +93,7 @@ def unusual_parts(config: RadioConfig) -> list[str]:
     if isinstance(b, ERadioConfig):
         return ["the E-RADIO trunk"]
     present = {
+        f"the stem {b.stem!r}": b.stem != "patch",
         "a norm inside the MLP": b.mlp_norm,
         "a SwiGLU MLP": b.mlp == "swiglu",
         "DyT norms": b.norm == "dyt",
