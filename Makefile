@@ -27,7 +27,7 @@ JOBS ?= 2
 EXTRAS := dev,docs,demo,hf,datasets,search
 PY := $(BIN)/python
 STAMP := .venv/.installed
-SOURCES := src tests examples benchmarks hubconf.py
+SOURCES := src tests examples benchmarks tools hubconf.py
 
 .PHONY: help setup demo test lint types format docs bench clean
 .DEFAULT_GOAL := help

@@ -26,7 +26,7 @@ FLOORS = [
     {"weights"},
     {"models", "text"},
     {"images"},
-    {"hub", "distributed"},
+    {"hub", "distributed", "packages"},
     {"errors"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

