@@ -103,7 +103,8 @@ def test_what_a_layout_cannot_hold_is_listed(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"The transformers layout has no place for parts of {source}: the adaptors clip, siglip2-g, dino_v2, sam; the "
         f"feature normalizer; the normalizer of intermediate features. Pass backbone_only=True (--backbone-only on the "
-        f"command line) to leave them out, or choose another layout: native holds everything, huggingface everything that RADIO models have."
+        f"command line) to leave them out, or choose another layout: native holds everything, huggingface "
+        "everything that RADIO models have."
     )
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,7 @@ heads = st.builds(
     version=st.sampled_from(["v1", "v2", "attn"]),
     input_dim=st.integers(1, 64),
     hidden_dim=st.integers(1, 64),
-    output_dim=st.integers(1, 64),
+    output_dim=st.sampled_from([36, 72]),  # multiples of every factor squared
     num_inner=st.integers(0, 3),
     upsample_factor=st.integers(1, 3),
     pre_norm=st.booleans(),
@@ -56,7 +56,14 @@ configs = st.builds(
         st.builds(AdaptorConfig, head_idx=st.integers(0, 9), summary=heads, features=heads),
         max_size=2,
     ),
-    teachers=st.lists(st.dictionaries(st.text(max_size=8), json_values, max_size=3), max_size=2).map(tuple),
+    teachers=st.lists(
+        st.builds(
+            lambda record, name: {**record, "name": name},
+            st.dictionaries(st.text(max_size=8), json_values, max_size=3),
+            st.text(max_size=8),
+        ),
+        max_size=2,
+    ).map(tuple),
     feature_normalizer=st.booleans(),
     inter_normalizer=st.none()
     | st.builds(InterNormalizerConfig, num_intermediates=st.integers(1, 9), rotation_per_layer=st.booleans()),

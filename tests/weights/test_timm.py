@@ -232,7 +232,8 @@ class TestRefusals:
             f"backbone.num_registers is 3, read back as 4; summary_idxs is [0, 1], read back as [0]; "
             f"position_interpolation is 'align_corners', read back as 'half_pixel'; the conditioner's norm_mean is "
             f"[0.0, 0.0, 0.0], read back as {mean}. Pass backbone_only=True (--backbone-only on the command line) to "
-            f"leave them out, or choose another layout: native holds everything, huggingface everything that RADIO models have."
+            f"leave them out, or choose another layout: native holds everything, huggingface "
+            f"everything that RADIO models have."
         )
         assert not list(tmp_path.iterdir())
         back = read_checkpoint(save(model, tmp_path / "m.safetensors", "timm", backbone_only=True))

@@ -73,8 +73,8 @@ def locate(name: str, *, with_adaptors: bool = False, hub: HubOptions | None = N
     """
     hub = hub or HubOptions()
     if name and _is_local(name):
-        path = Path(name).expanduser()
-        if not path.exists():
+        path = Path(os.path.expanduser(name))
+        if not os.path.exists(path):
             raise UnknownModelError(f"{name} looks like a path, but there is no such file or directory.")
         return Located(path=path, source=str(path))
     if _URL.match(name):
@@ -90,9 +90,9 @@ def locate(name: str, *, with_adaptors: bool = False, hub: HubOptions | None = N
 
 
 def _is_local(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     looks_like_path = name.startswith((".", "~", os.sep)) or path.is_absolute() or "\\" in name
-    return looks_like_path or path.exists() or path.suffix in (".tar", ".safetensors", ".pth", ".pt")
+    return looks_like_path or os.path.exists(path) or path.suffix in (".tar", ".safetensors", ".pth", ".pt")
 
 
 def _from_url(url: str, entry: CatalogEntry | None, hub: HubOptions) -> Located:

@@ -19,6 +19,10 @@ PositionInterpolation = Literal["half_pixel", "align_corners"]
 """How the position grid is resized: ``half_pixel`` is ``align_corners=False`` of `torch.nn.functional.interpolate`."""
 
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Dtypes that parameters may have."""
+
+
 class Resolution(NamedTuple):
     """An image size in pixels, height first."""
 
@@ -182,6 +186,18 @@ class HeadConfig:
     upsample_factor: int = 1
     pre_norm: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("input_dim", "hidden_dim", "output_dim", "upsample_factor"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a head must be at least 1, got {getattr(self, name)}.")
+        if self.num_inner < 0:
+            raise ConfigError(f"num_inner of a head must be at least 0, got {self.num_inner}.")
+        if self.output_dim % self.upsample_factor**2:
+            raise ConfigError(
+                f"A head that upsamples by {self.upsample_factor} needs an output_dim that is a multiple of "
+                f"{self.upsample_factor**2}, got {self.output_dim}."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptorConfig:
@@ -250,6 +266,15 @@ class RadioConfig:
     vitdet_num_global: int | None = None
     version: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.summary_idxs:
+            raise ConfigError("summary_idxs is empty, so the backbone has no summary.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        for teacher in self.teachers:
+            if not isinstance(teacher, Mapping) or not isinstance(teacher.get("name"), str):
+                raise ConfigError(f"A teacher's record must be an object with a name, got {teacher!r:.100}.")
 
 
 def to_json(config: Any) -> dict[str, Any]:

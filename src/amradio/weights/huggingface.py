@@ -164,7 +164,7 @@ def _describe(
         adaptors=adaptors,
         summary_idxs=_summary_idxs(stored_idxs, args, b),
         **normalizers,
-        **_version_fields(config),
+        **_version_fields(config, source),
     )
 
 
@@ -243,15 +243,25 @@ def _check_sizes(head: HeadConfig, recorded: Mapping[str, Any], where: str) -> N
             )
 
 
-def _version_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(config: Mapping[str, Any], name: str, kind: type, source: str) -> Any:
+    """A field of config.json, None where there is none; a list is a (height, width)."""
+    value = config.get(name)
+    pair = kind is list and isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
+    if value is None or pair or (kind is not list and type(value) is kind):
+        return value
+    wanted = "[height, width]" if kind is list else f"of type {kind.__name__}"
+    raise CheckpointError(f"The {name} in the {CONFIG} of {source} must be {wanted}, got {value!r:.80}.")
+
+
+def _version_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """What the config says of the version, completed from the catalog where it says nothing."""
-    version = config.get("version")
+    version = _recorded(config, "version", str, source)
     entry = resolve(version) if version and is_catalog_name(version) else None
-    size = config.get("preferred_resolution") or (entry and entry.preferred_resolution)
+    size = _recorded(config, "preferred_resolution", list, source) or (entry and entry.preferred_resolution)
     fields: dict[str, Any] = {
         "version": version,
-        "patch_size": config.get("patch_size") or (entry and entry.patch_size),
-        "max_resolution": config.get("max_resolution") or (entry and entry.max_resolution),
+        "patch_size": _recorded(config, "patch_size", int, source) or (entry and entry.patch_size),
+        "max_resolution": _recorded(config, "max_resolution", int, source) or (entry and entry.max_resolution),
         "preferred_resolution": Resolution(*size) if size else None,
     }
     if entry is not None:

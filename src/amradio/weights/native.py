@@ -107,7 +107,7 @@ def write(checkpoint: Checkpoint, path: Path, *, backbone_only: bool = False) ->
 def _json(metadata: Any, name: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(metadata[name])
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, RecursionError) as e:
         raise LayoutError(
             f"{path} has no usable {name!r} in its metadata ({type(e).__name__}: {e}); metadata was lost or edited "
             f"after amradio wrote the file. Convert the original checkpoint again."

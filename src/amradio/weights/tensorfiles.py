@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}.") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
