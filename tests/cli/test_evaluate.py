@@ -56,6 +56,26 @@ def run_json(words: Sequence[str], capsys: pytest.CaptureFixture[str], code: int
     return [EvalReport.from_dict(r) for r in json.loads(capsys.readouterr().out)["reports"]]
 
 
+# ---- FUNGI ----
+
+
+def test_gradients_beside_the_summary(
+    train: str, evaluation: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--train", train, "--eval", evaluation, "-m", checkpoint, "--resolution", "32", "32", "--k", "3"]
+    (plain,) = run_json(["eval", "knn", *data], capsys)
+    (fungi,) = run_json(["eval", "knn", *data, "--fungi", "kl", "--fungi", "simclr", "--seed", "3"], capsys)
+    (only,) = run_json(["eval", "linear", *data[:-2], "--fungi", "kl", "--fungi-only"], capsys)
+    assert "FUNGI" not in str(plain.model["version"])
+    assert "FUNGI (kl, simclr; clean, sign)" in str(fungi.model["version"])
+    assert only.metrics["top1"].value > 25
+
+
+def test_gradients_alone_need_a_loss(train: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "knn", "--train", train, "--eval", train, "--fungi-only"]) == 1
+    assert "--fungi-only evaluates gradients alone, and no --fungi says which" in capsys.readouterr().err
+
+
 # ---- words ----
 
 

@@ -10,6 +10,7 @@ import tyro
 from amradio.cli.evaluate_position import Position
 from amradio.cli.evaluate_text import Retrieval, ZeroShot
 from amradio.cli.evaluation import EvalCommand
+from amradio.errors import OptionError
 
 if TYPE_CHECKING:
     from amradio.backbones.protocol import Backbone
@@ -32,16 +33,41 @@ class TrainAndEval(EvalCommand):
     """Its part; default validation where there are several."""
     classes: Literal["same", "subset"] = "same"
     """How classes must agree: as many in both, or those to classify are some of the others, under the same numbers."""
+    fungi: tyro.conf.UseAppendAction[tuple[Literal["kl", "dino", "simclr", "deepcluster"], ...]] = ()
+    """Put the gradients of this self-supervised loss beside the summary. Repeat the option for several."""
+    fungi_preset: Literal["clean", "fungivision", "fungi-paper"] = "clean"
+    """Whose settings of these losses."""
+    fungi_projection: str = "sign"
+    """How gradients are made as wide as the summary: sign, rank-one-4, tensor-sketch, ..."""
+    fungi_only: bool = False
+    """Leave the summary out, and evaluate the gradients alone."""
 
     def open(self) -> dict[str, ImageSet]:
         """The train and the evaluation set."""
         from amradio.evals.runner import check_pair
+
+        if self.fungi_only and not self.fungi:
+            raise OptionError("--fungi-only evaluates gradients alone, and no --fungi says which.")
 
         train = self.open_set(self.train, self.train_split, "train")
         spec = self.train if self.evaluation is None else self.evaluation
         evaluation = self.open_set(spec, self.eval_split, "validation")
         check_pair(train, evaluation, self.classes)  # before a model is loaded
         return {"train": train, "eval": evaluation}
+
+    def prepared(self, backbone: Backbone, images: dict[str, ImageSet]) -> Backbone:
+        """The backbone, with gradients in its summaries if asked for."""
+        if not self.fungi:
+            return backbone
+        from amradio.fungi import FungiWrapper, ImageConfig
+
+        config = ImageConfig(
+            preset=self.fungi_preset,
+            projection=self.fungi_projection,
+            include_embedding=not self.fungi_only,
+            seed=self.seed,
+        )
+        return FungiWrapper(backbone, self.fungi, config).fit(images["train"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,10 @@ class EvalCommand(PictureOptions, ABC):
     def evaluate(self, backbone: Backbone, images: dict[str, ImageSet], setup: Setup) -> EvalReport:
         """One backbone at one size."""
 
+    def prepared(self, backbone: Backbone, images: dict[str, ImageSet]) -> Backbone:
+        """The backbone that is evaluated, of the one that was loaded; called once for each model."""
+        return backbone
+
     def run(self) -> int:
         """Evaluate, print and write; returns the exit code."""
         reports, is_main = self._evaluate_all(bars=not self.json)
@@ -133,7 +137,7 @@ class EvalCommand(PictureOptions, ABC):
         total = sum(map(len, images.values()))
         step = 1 if group is None else group.world_size  # the other processes are about as far
         for spec in self.model or ("",):
-            backbone = self._load(spec, device, group, bars)
+            backbone = self.prepared(self._load(spec, device, group, bars), images)
             policies = [policy_for(backbone, size, mode, self.resize_multiple) for size in self.resolution or ((),)]
             for policy in policies:
                 setup = Setup(policy, self.extract_options(device), group)

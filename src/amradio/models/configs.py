@@ -272,7 +272,7 @@ class RadioConfig:
             raise ConfigError("summary_idxs is empty, so the backbone has no summary.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for teacher in self.teachers:
+        for teacher in typing.cast("tuple[Any, ...]", self.teachers):  # files hold anything
             if not isinstance(teacher, Mapping) or not isinstance(teacher.get("name"), str):
                 raise ConfigError(f"A teacher's record must be an object with a name, got {teacher!r:.100}.")
 
