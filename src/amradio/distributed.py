@@ -107,6 +107,13 @@ def init_group(device: torch.device | str | None = None) -> Iterator[Group | Non
     if world_size == 1 or "RANK" not in os.environ:
         yield None
         return
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise OptionError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so "
+            "the processes cannot find each other. Start them with torchrun; under a scheduler, start torchrun on each "
+            "machine (--nnodes, --rdzv-endpoint)."
+        )
     local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_count
     kind = torch.device(device).type if device is not None else "cuda" if enough else "cpu"

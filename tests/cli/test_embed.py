@@ -130,3 +130,19 @@ def test_two_processes_write_what_one_writes(photos: Path, checkpoint: str, tmp_
     assert [p.name for p in one] == [p.name for p in two]
     for a, b in zip(one, two, strict=True):
         assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_embeddings_are_not_written_among_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
+    for output in (tmp_path / "photos", tmp_path / "photos" / "out"):
+        assert main(["embed", str(tmp_path / "photos"), "-o", str(output), "-m", "radio_v9"]) == 1
+        assert "is inside the folder of pictures" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.png"]
+
+
+def test_other_backbones_have_no_adaptors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    words = ["embed", str(tmp_path / "a.png"), "-o", str(tmp_path / "o"), "-m", "efficientnet-lite0", "-a", "clip"]
+    assert main(words) == 1
+    assert "efficientnet-lite0 has no adaptors (clip); only RADIO models have" in capsys.readouterr().err

@@ -282,3 +282,66 @@ def test_processes_without_pictures(
     done = torchrun([*words, "--json"])
     assert done.returncode == 0, done.stderr
     assert comparable(EvalReport.from_dict(json.loads(done.stdout)["reports"][0])) == comparable(alone)
+
+
+# ---- what is refused early, and what is kept late ----
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(
+    train: str, evaluation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["eval", "knn", "--train", train, "--eval", evaluation, "-m", "radio_v9"]
+    for option, path, message in [("-o", tmp_path / "file", "is a file"), ("--csv-out", tmp_path, "is a folder")]:
+        assert main([*words, option, str(path)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_csv_file_with_other_columns_does_not_lose_the_table(
+    train: str, evaluation: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o.csv").write_text("a,b\n")
+    words = ["eval", "knn", "--train", train, "--eval", evaluation, "-m", checkpoint, "--resolution", "32", "32"]
+    assert main([*words, "--csv-out", str(tmp_path / "o.csv"), "--k", "3"]) == 1
+    out, err = capsys.readouterr()
+    assert "top1 %" in out
+    assert "could not all be written: " in err
+    assert (tmp_path / "o.csv").read_text() == "a,b\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--limit", "-5"], "--limit must be at least 1, got -5"),
+        (["--max-failed", "2"], "--max-failed is a share from 0 to 1, got 2"),
+    ],
+)
+def test_wrong_counts(train: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "knn", "--train", train, "--eval", train, *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_limit_keeps_every_class(
+    train: str, evaluation: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--train", train, "--eval", evaluation, "-m", checkpoint, "--resolution", "32", "32", "--k", "1"]
+    (report,) = run_json(["eval", "knn", *words, "--limit", str(CLASSES + 1)], capsys)
+    assert report.dataset["train"]["count"] == CLASSES + 1
+    assert report.config["limit_seed"] == 0
+
+
+def test_compare_takes_folders(
+    train: str, evaluation: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "knn", "--train", train, "--eval", evaluation, "-m", checkpoint, "--k", "3", "-o", str(tmp_path)]
+    assert main([*words, "--resolution", "32", "32", "--resolution", "48", "48"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "top1 %" in out
+    assert max(map(len, out.splitlines())) < 160
+    assert main(["compare", str(tmp_path / "none")]) == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", str(tmp_path / "empty")]) == 1
+    assert "has no reports" in capsys.readouterr().err

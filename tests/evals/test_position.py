@@ -77,8 +77,10 @@ def test_targets_are_the_golden_ones(goldens) -> None:
     torch.testing.assert_close(target_grid(3, 5).expand(2, -1, -1, -1), golden)
 
 
-def test_targets_of_a_single_patch() -> None:
-    assert target_grid(1, 2).tolist() == [[[-1.0, 1.0]], [[-1.0, -1.0]]]
+@pytest.mark.parametrize("grid", [(1, 2), (3, 1), (1, 1)])
+def test_a_single_patch_has_no_position(grid: tuple[int, int]) -> None:
+    with pytest.raises(OptionError, match="has no positions to tell apart"):
+        target_grid(*grid)
 
 
 def test_maps_of_different_sizes_weigh_the_same() -> None:
@@ -143,7 +145,7 @@ def test_a_linear_relation_is_found(seed: int, dim: int) -> None:
 
 
 def test_errors_are_means_over_pictures() -> None:
-    maps = [torch.randn(4, 2, 3), torch.randn(4, 3, 3), torch.randn(4, 1, 1)]
+    maps = [torch.randn(4, 2, 3), torch.randn(4, 3, 3), torch.randn(4, 2, 2)]
     found = LinearMap(torch.randn(2, 4), torch.randn(2))
     errors, pieces = PositionErrors(), PositionErrors()
     errors.update(found, gather_tokens(maps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from amradio.evals.knn import KnnConfig, run_knn
 from amradio.evals.report import Metric
 from amradio.evals.runner import Measurement, Setup, check_pair, model_record, policy_for
 from amradio.features import ExtractOptions
-from amradio.images import ImageSet, open_images
+from amradio.images import ImageFile, ImageSet, open_images
 
 
 class Nowhere:
@@ -24,8 +26,8 @@ class Nowhere:
     def __len__(self) -> int:
         return self.count
 
-    def source(self, row: int) -> None:
-        raise AssertionError("not to be opened")
+    def source(self, row: int) -> ImageFile:
+        return ImageFile(Path(f"{self.stamp}/{row}.png"), f"{row}.png")  # there is no such file
 
     def stamps(self, rows: np.ndarray):
         return (f"{self.stamp}{row}".encode() for row in rows)
@@ -51,16 +53,40 @@ def test_a_backbone_without_a_preferred_resolution_needs_one(backbone, monkeypat
 
 
 def test_pairs_that_fit() -> None:
-    assert check_pair(labelled([0, 1, 2]), labelled([2, 0], "b")) == (3, [])
+    for rule, evaluation in [("same", labelled([2, 0], "b")), ("subset", labelled([1], "b"))]:
+        pair = check_pair(labelled([0, 1, 2]), evaluation, rule)
+        assert (pair.evaluation, pair.num_classes, pair.notes) == (evaluation, 3, ())
     names = ["x", "y", "z"]
-    assert check_pair(labelled([0, 1, 2], class_names=names), labelled([1], "b", names)) == (3, [])
-    assert check_pair(labelled([0, 1, 2]), labelled([1], "b"), "subset") == (3, [])
+    assert check_pair(labelled([0, 1, 2], class_names=names), labelled([1], "b", names)).notes == ()
+
+
+def test_classes_are_matched_by_name() -> None:
+    train = labelled([0, 1, 2], class_names=["cat", "cow", "dog"])
+    pair = check_pair(train, labelled([0, 1, 1], "b", ["cow", "dog"]), "subset")
+    assert pair.evaluation.labels.tolist() == [1, 2, 2]
+    assert pair.evaluation.class_names == ("cat", "cow", "dog")
+    assert pair.notes == ("The classes of the two sets were matched by their names.",)
+    turned = check_pair(train, labelled([0, 1, 2], "b", ["dog", "cat", "cow"]))
+    assert turned.evaluation.labels.tolist() == [2, 0, 1]
+
+
+def test_names_under_other_numbers() -> None:
+    train, other = labelled([0, 1], class_names=["cat", "dog"]), labelled([0, 1], "b", ["Dog", "cat"])
+    with pytest.raises(DatasetError, match="'cat' is class 0 of the one and class 1 of the other"):
+        check_pair(train, other)
+    assert check_pair(train, other, "numbers").evaluation.labels.tolist() == [0, 1]
 
 
 def test_other_class_names_are_noted() -> None:
-    classes, notes = check_pair(labelled([0, 1], class_names=["cat", "dog"]), labelled([0, 1], "b", ["cat", "hound"]))
-    assert classes == 2
-    assert "class 1 is 'dog' and 'hound'" in notes[0]
+    pair = check_pair(labelled([0, 1], class_names=["cat", "dog"]), labelled([0, 1], "b", ["cat", "hound"]))
+    assert pair.num_classes == 2
+    assert "class 1 is 'dog' and 'hound'" in pair.notes[0]
+
+
+def test_shared_pictures_are_noted() -> None:
+    train = labelled([0, 1, 0, 1], "a")
+    pair = check_pair(train, train.select([1, 2, 3]))
+    assert pair.notes[0].startswith("3 of the 3 pictures to classify are in the train set too")
 
 
 @pytest.mark.parametrize(

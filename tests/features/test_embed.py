@@ -112,6 +112,22 @@ def test_slices_of_rows(tmp_path, model, photos):
         summaries[::2]
 
 
+def test_rows_by_number(tmp_path, model, photos):
+    run(photos([(8, 8)] * 30, broken={4, 21}), model, tmp_path / "out")
+    rows = load_embeddings(tmp_path / "out").summaries()
+    whole = rows[:]
+    assert torch.equal(rows[2], whole[2])
+    assert torch.equal(rows[-1], whole[-1])
+    order = [3, 0, -1, 3]
+    for index in (order, torch.tensor(order), np.array(order)):
+        assert torch.equal(rows[index], whole[order])
+    assert rows[[]].shape == (0, whole.shape[1])
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    with pytest.raises(OptionError, match="Rows are chosen by whole numbers or a slice"):
+        rows["a"]
+
+
 def test_the_search_takes_it_as_a_database(tmp_path, model, photos):
     from amradio.search import top_k
 

@@ -21,7 +21,17 @@ def test_processes_share_all_positions_and_none_twice(count, size, world_size):
 def test_balanced_shards(count, batch_size):
     size = balanced_shard_size(count, batch_size)
     assert size % batch_size == 0
-    assert 4 * batch_size <= size <= max(1024, 4 * batch_size)
+    assert batch_size <= size <= max(1024, 4 * batch_size)
+    if count >= 64 * batch_size:
+        assert size >= 4 * batch_size
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world_size"), [(80, 32, 2), (1000, 128, 8), (3000, 128, 4)])
+def test_small_sets_are_shared_out_too(count, batch_size, world_size):
+    partition = Partition(count, balanced_shard_size(count, batch_size))
+    counts = [len(partition.stream(range(rank, len(partition), world_size))) for rank in range(world_size)]
+    assert max(counts) - min(counts) <= 2 * batch_size
+    assert min(counts) > 0
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 32, 64])

@@ -167,3 +167,31 @@ def test_sets_and_sources_can_be_pickled(tree):
     copy = pickle.loads(pickle.dumps(images))
     assert [s.location for s in copy] == [s.location for s in images]
     assert copy.fingerprint == images.fingerprint
+
+
+def test_a_part_with_some_of_each_class():
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 20 + [-1] * 2)
+    part = numbered(75, labels=labels).balanced_head(14, seed=0)
+    counts = np.bincount(part.labels + 1).tolist()
+    assert counts[0] == 2  # there are no more
+    assert counts[2] == 3
+    assert sorted([counts[1], counts[3]]) == [4, 5]
+    assert sorted(set(ids(part))) == sorted(ids(part))
+    assert ids(numbered(75, labels=labels).balanced_head(14, seed=0)) == ids(part)
+    assert ids(numbered(75, labels=labels).balanced_head(14, seed=1)) != ids(part)
+    assert ids(numbered(9).balanced_head(4, seed=2)) == ids(numbered(9).shuffled(2).head(4))
+    assert len(numbered(9).balanced_head(400, seed=2)) == 9
+
+
+def test_pictures_in_two_sets():
+    images = numbered(10)
+    assert images.select([1, 2, 2]).shared_with(images.select([2, 3])) == 2
+    assert images.select([1]).shared_with(images.select([2, 3])) == 0
+    assert images.shared_with(images) == 10
+
+
+def test_other_labels():
+    images = numbered(3, labels=[0, 1, 0], class_names=["a", "b"]).relabelled(np.array([2, 0, 2]), ["x", "y", "z"])
+    assert (images.labels.tolist(), images.class_names) == ([2, 0, 2], ("x", "y", "z"))
+    with pytest.raises(DatasetError, match="has the label 5"):
+        images.relabelled(np.array([5, 0, 0]), ["x"])

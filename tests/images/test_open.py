@@ -227,3 +227,12 @@ def test_home_folders(tree, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     monkeypatch.setenv("USERPROFILE", str(folder.parent))
     assert Path(open_images("~/photos")[0].location) == folder / "1.png"
+
+
+@pytest.mark.parametrize("beside", ["cat.jpg", "class0/cat.jpg"])
+def test_an_archive_beside_pictures_hides_none(tmp_path, beside):
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).write_bytes(b"")
+    (tmp_path / "backup.tar").write_bytes(b"\0" * 10240)
+    with pytest.raises(DatasetError, match=r"has 1 archives or tables \(backup.tar\) and beside them 1 pictures"):
+        open_images(tmp_path)

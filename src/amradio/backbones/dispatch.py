@@ -129,6 +129,15 @@ def load_backbone(
         return _placed(make(name, hub=hub, **options).eval().requires_grad_(False), device, dtype)
 
 
+def is_radio(spec: str) -> bool:
+    """Whether a spec of `load_backbone` means a RADIO model.
+
+    Raises:
+        UnknownModelError: It means nothing.
+    """
+    return _find(spec)[0] is None
+
+
 def _find(spec: str) -> tuple[_Kind | None, str]:
     """The kind of a spec (None for RADIO) and what its loader is given."""
     if spec in _NAMED:

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 from amradio.cli.arguments import normalise
 from amradio.cli.compare import Compare
 from amradio.cli.convert import Convert
+from amradio.cli.data import Data
+from amradio.cli.distill import Distill
 from amradio.cli.doctor import Doctor
 from amradio.cli.embed import Embed
 from amradio.cli.evaluate import Evaluate
@@ -33,7 +35,9 @@ COMMANDS: dict[str, type[Any]] = {
     "eval": Evaluate,
     "compare": Compare,
     "reproduce": Reproduce,
+    "distill": Distill,
     "convert": Convert,
+    "data": Data,
     "doctor": Doctor,
 }
 

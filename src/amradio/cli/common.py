@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from amradio.errors import OptionError
+
 if TYPE_CHECKING:
     from amradio.backbones.protocol import Backbone
     from amradio.distributed import Group
@@ -74,6 +76,10 @@ class BackboneOptions:
         """
         if not adaptors:
             return self.load_backbone(spec, None, device, progress=progress)
+        from amradio.backbones.dispatch import is_radio
+
+        if not is_radio(spec):
+            raise OptionError(f"{spec} has no adaptors ({', '.join(adaptors)}); only RADIO models have.")
         from amradio.backbones.load import load
 
         return load(
@@ -140,8 +146,6 @@ def device_of(name: str) -> Any:
     """
     import torch
 
-    from amradio.errors import OptionError
-
     if name == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -162,6 +166,34 @@ def dtype_of(name: str) -> Any:
     import torch
 
     return None if name in ("auto", "off") else getattr(torch, name)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse numbers of pictures below 1.
+
+    Args:
+        **counts: By the name of the option; None where it is not given.
+
+    Raises:
+        OptionError: One is below 1.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {count}.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuse what is no share from 0 to 1.
+
+    Args:
+        name: Of the option.
+        share: Its value.
+
+    Raises:
+        OptionError: It is outside.
+    """
+    if not 0 <= share <= 1:
+        raise OptionError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {share:g}.")
 
 
 def split_names(words: Sequence[str]) -> list[str]:

@@ -13,6 +13,8 @@ import tyro
 from amradio.cli.arguments import Size
 from amradio.cli.common import (
     PictureOptions,
+    check_counts,
+    check_share,
     device_of,
     dtype_of,
     exit_code,
@@ -21,6 +23,7 @@ from amradio.cli.common import (
     progress_bar,
     split_names,
 )
+from amradio.errors import OptionError
 
 if TYPE_CHECKING:
     from amradio.distributed import Group
@@ -86,6 +89,9 @@ class Embed(PictureOptions):
         from amradio.evals.runner import policy_for
         from amradio.features import EmbedOptions, embed
 
+        check_counts(limit=self.limit, shard_size=self.shard_size)
+        check_share("max_failed", self.max_failed)
+        _refuse_output_in_source(self.output, self.source)
         images = self._open()
         device = device_of(self.device) if group is None else group.device
         with first_on_machine(group):
@@ -111,6 +117,14 @@ class Embed(PictureOptions):
         if self.shuffle is not None:
             images = images.shuffled(self.shuffle)
         return images if self.limit is None else images.head(self.limit)
+
+
+def _refuse_output_in_source(output: Path, sources: tuple[str, ...]) -> None:
+    """Refuse to write among the pictures: the next run would find the embeddings there."""
+    target = output.resolve()
+    for source in map(Path, sources):
+        if source.is_dir() and (source.resolve() == target or source.resolve() in target.parents):
+            raise OptionError(f"The output {output} is inside the folder of pictures {source}; choose another place.")
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
 from amradio.cli.arguments import Size
-from amradio.cli.common import PictureOptions, device_of, progress_bar
+from amradio.cli.common import PictureOptions, check_counts, check_share, device_of, progress_bar
 from amradio.cli.text import table
+from amradio.errors import AmradioError, OptionError
 
 if TYPE_CHECKING:
     from amradio.backbones.protocol import Backbone
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 
 _SHOWN_FAILURES = 10
 _INCOMPLETE = 3
+
+
+class _Outcome(NamedTuple):
+    """What an evaluation command did.
+
+    Attributes:
+        reports: One for each model and resolution.
+        unwritten: Why files could not be written.
+        is_main: Whether this process is the one that prints.
+    """
+
+    reports: list[EvalReport]
+    unwritten: list[str]
+    is_main: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +58,7 @@ class EvalCommand(PictureOptions, ABC):
     """One number: shortest side, aspect kept. Two: scaled to cover height and width, centre cut out. Default: the
     model's preferred resolution, as a centre crop."""
     limit: int | None = None
-    """Take only so many pictures of each set, chosen at random."""
+    """Take only so many pictures of each set, chosen at random, some of each class."""
     seed: int = 0
     """Of every random choice."""
     label_column: str | None = None
@@ -71,14 +86,16 @@ class EvalCommand(PictureOptions, ABC):
 
     def run(self) -> int:
         """Evaluate, print and write; returns the exit code."""
-        reports, is_main = self._evaluate_all(bars=not self.json)
+        reports, unwritten, is_main = self._evaluate_all(bars=not self.json)
         if is_main:
             self._print(reports)
+        if unwritten:
+            raise OptionError(f"The results are above, but could not all be written: {unwritten[0]}")
         return _INCOMPLETE if any(r.failed_fraction > self.max_failed for r in reports) else 0
 
     def reports(self) -> list[EvalReport]:
         """Evaluate and write, without printing a table."""
-        return self._evaluate_all(bars=True)[0]
+        return self._evaluate_all(bars=True).reports
 
     def open_set(self, spec: str, split: str | None, usual_split: str) -> ImageSet:
         """Open one set of pictures, with the options of this command.
@@ -99,7 +116,10 @@ class EvalCommand(PictureOptions, ABC):
                     images = self._open_images(spec, usual_split)
             if images is None:  # the first message is about what was asked for
                 raise
-        return images if self.limit is None else images.shuffled(self.seed).head(self.limit)
+        if self.limit is None:
+            return images
+        # Of labelled sets some of each class: what is to be found must be in the train set.
+        return images.balanced_head(self.limit, self.seed)
 
     def _open_images(self, spec: str, split: str | None) -> ImageSet:
         from amradio.images import open_images
@@ -113,20 +133,26 @@ class EvalCommand(PictureOptions, ABC):
             image_column=self.image_column,
         )
 
-    def _evaluate_all(self, bars: bool) -> tuple[list[EvalReport], bool]:
-        """All reports, each written as soon as it is there; and whether this process is the one that prints."""
+    def _evaluate_all(self, bars: bool) -> _Outcome:
+        """All reports, each written as soon as it is there."""
         from amradio.distributed import init_group
 
+        check_counts(limit=self.limit)
+        check_share("max_failed", self.max_failed)
+        self._check_outputs()
         with init_group(None if self.device == "auto" else device_of(self.device)) as group, warnings.catch_warnings():
             is_main = group is None or group.is_main
             if not is_main:  # the main process says the same
                 warnings.simplefilter("ignore")
-            reports = []
+            outcome = _Outcome([], [], is_main)
             for report in self._measure(group, bars and is_main):
-                reports.append(report)
+                outcome.reports.append(report)
                 if is_main:
-                    self._keep(report)
-            return reports, is_main
+                    try:
+                        self._keep(report)
+                    except (AmradioError, OSError) as error:  # the result is still printed
+                        outcome.unwritten.append(str(error))
+            return outcome
 
     def _measure(self, group: Group | None, bars: bool) -> Iterator[EvalReport]:
         from amradio.evals.runner import Setup, policy_for
@@ -145,7 +171,8 @@ class EvalCommand(PictureOptions, ABC):
                     # A default argument, because `advance` is another function in the next round.
                     on_record = lambda _, advance=advance: advance(step)  # noqa: E731
                     report = self.evaluate(backbone, images, replace(setup, on_record=on_record))
-                yield replace(report, config={**report.config, "limit": self.limit})
+                chosen = {"limit": self.limit, "limit_seed": None if self.limit is None else self.seed}
+                yield replace(report, config={**report.config, **chosen})
 
     def _load(self, spec: str, device: Any, group: Group | None, bars: bool) -> Backbone:
         """Load a backbone; under a group the first process of each machine downloads, the others find it there."""
@@ -164,6 +191,13 @@ class EvalCommand(PictureOptions, ABC):
             from amradio.evals.report import append_csv
 
             append_csv(report, self.csv_out)
+
+    def _check_outputs(self) -> None:
+        """Refuse what cannot be written to before hours of computing."""
+        if self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise OptionError(f"--output {self.output} is a file, and a folder is needed for the reports.")
+        if self.csv_out is not None and self.csv_out.is_dir():
+            raise OptionError(f"--csv-out {self.csv_out} is a folder; name a file.")
 
     def _print(self, reports: Sequence[EvalReport]) -> None:
         from amradio.evals.report import sweep_table

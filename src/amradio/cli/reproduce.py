@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,12 @@ import tyro
 
 if TYPE_CHECKING:
     from amradio.evals.recipes import Comparison, Recipe, RecipeRun
+    from amradio.evals.report import EvalReport
+
+_HARMLESS = (  # options that change no number
+    *("--device", "--batch-size", "--workers", "--output", "-o", "--csv-out", "--cache-dir", "--offline", "--compile"),
+    *("--cache-gib", "--max-failed"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +49,13 @@ class Reproduce:
         if self.dry_run:
             print("\n".join(shlex.join(["amradio", *self._words(run)]) for run in recipe.runs))
             return 0
-        if not self.json:
+        is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts several, and one prints
+        if is_main and not self.json:
             print(_head(recipe))
         found = [c for run in recipe.runs for c in self._measure(recipe, run)]
-        if self.json:
+        if is_main and self.json:
             print(json.dumps({"recipe": recipe.name, "results": [asdict(c) for c in found]}, indent=2))
-        else:
+        elif is_main:
             print(_table(found))
         return 0 if all(c.reproduced for c in found) else 1
 
@@ -64,12 +72,29 @@ class Reproduce:
             reports: list[Any] = parse(self._words(run)).reports()
         except (AmradioError, OSError) as error:
             return compare_run(recipe, run, {}, reason=str(error))
-        return compare_run(recipe, run, {name: m.value for name, m in reports[0].metrics.items()})
+        metrics = {name: m.value for name, m in reports[0].metrics.items()}
+        return compare_run(recipe, run, metrics, partial=self._partial(reports[0]))
+
+    def _partial(self, report: EvalReport) -> str:
+        """How a measurement is not the published one."""
+        changed = [w for w in shlex.split(self.extra) if w.startswith("-") and w.partition("=")[0] not in _HARMLESS]
+        failed = [f"{report.failed} pictures failed"] if report.failed else []
+        return ", ".join([*changed, *failed])
 
 
 def _head(recipe: Recipe) -> str:
     lines = [recipe.title, f"source: {recipe.source}", f"weights: {recipe.checkpoint}", f"data: {recipe.data}"]
+    lines += [f"hardware: {recipe.hardware}", f"time: {recipe.time}", f"tolerance: {recipe.tolerance:g}"]
     return "\n".join([*lines, *([f"note: {' '.join(recipe.note.split())}"] if recipe.note else []), ""])
+
+
+def _verdict(c: Comparison) -> str:
+    if c.ours is None:
+        return "not measured"
+    verdict = "within tolerance" if c.close else f"off by more than {c.tolerance:g}"
+    if c.partial:
+        return f"{verdict}, but not the same measurement ({c.partial})"
+    return "reproduced" if c.reproduced else verdict
 
 
 def _table(found: list[Comparison]) -> str:
@@ -81,7 +106,7 @@ def _table(found: list[Comparison]) -> str:
             c.metric,
             f"{c.published:g}",
             "-" if c.ours is None else f"{c.ours:.3f}",
-            "not measured" if c.ours is None else "reproduced" if c.reproduced else f"off by more than {c.tolerance:g}",
+            _verdict(c),
         ]
         for c in found
     ]

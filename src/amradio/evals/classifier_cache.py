@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from amradio.distributed import Group
 
 _FORMAT = 1  # of the file, and of how a classifier is computed
-_CONTENT = ("sha256", "revision")  # what tells that a model is the same, wherever it lies
+_CONTENT = ("sha256", "revision", "sha256_of_weights")  # what tells that a model is the same, wherever it lies
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,13 @@ class ClassifierCache:
         """
         record = model_record(backbone)
         identity: dict[str, Any] = {name: record.get(name) for name in (*_CONTENT, "adaptor")}
+        known = any(identity[name] for name in _CONTENT)
+        if identity["sha256_of_weights"]:  # which says nothing of the text side; that is read from the same place
+            identity["source"] = record.get("source")
         key = json.dumps(
             {"format": _FORMAT, **identity, "templates": list(templates), "class_names": list(class_names)}
         )
         digest = hashlib.sha256(key.encode()).hexdigest()
-        known = any(identity[name] for name in _CONTENT)
         path = cache_root(cache_dir) / "amradio" / "zero-shot" / f"{digest}.safetensors" if known else None
         return cls(path, key, (len(class_names), backbone.summary_dim))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -144,11 +145,12 @@ def run_knn(
     """
     config = config or KnnConfig()
     setup = setup or Setup(policy_for(backbone))
-    num_classes, notes = check_pair(train, evaluation, config.classes)
+    pair = check_pair(train, evaluation, config.classes)
+    evaluation, num_classes = pair.evaluation, pair.num_classes
     draws = [train] if config.shots is None else _draws(train, config)
     _check_k(max(config.k), min(map(len, draws)))
     measurement = Measurement(backbone, setup)
-    measurement.notes += notes
+    measurement.notes += pair.notes
     queries = measurement.features("eval", evaluation, gather=False)
     targets = torch.from_numpy(labels_of(evaluation).copy())[queries.positions]  # [Q]
     runs = []
@@ -175,7 +177,9 @@ def run_knn(
 
 def _draws(train: ImageSet, config: KnnConfig) -> list[ImageSet]:
     assert config.shots is not None
-    return [train.per_class(config.shots, config.seed + i) for i in range(config.draws)]
+    # Seeds far from each other, so that two runs with neighbouring seeds share no draw.
+    seeds = np.random.SeedSequence(config.seed).generate_state(config.draws, np.uint64)
+    return [train.per_class(config.shots, int(seed)) for seed in seeds]
 
 
 def _check_k(k: int, pictures: int) -> None:

@@ -7,6 +7,7 @@ chosen on a part of the train set that is held out; the evaluation set is touche
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +59,7 @@ class LinearConfig:
     classes: ClassRule = "same"
 
     def __post_init__(self) -> None:
-        if not self.c or min(self.c) <= 0 or len(set(self.c)) != len(self.c):
+        if not self.c or len(set(self.c)) != len(self.c) or not all(math.isfinite(c) and c > 0 for c in self.c):
             raise OptionError(f"c must be one or several different numbers above 0, got {list(self.c)}.")
         if not 0 < self.holdout < 1:
             raise OptionError(f"holdout must be between 0 and 1, got {self.holdout}.")
@@ -116,9 +117,10 @@ def run_linear(
     """
     config = config or LinearConfig()
     setup = setup or Setup(policy_for(backbone))
-    num_classes, notes = check_pair(train, evaluation, config.classes)
+    pair = check_pair(train, evaluation, config.classes)
+    evaluation, num_classes = pair.evaluation, pair.num_classes
     measurement = Measurement(backbone, setup)
-    measurement.notes += notes
+    measurement.notes += pair.notes
     train_rows = _Rows.of(measurement.features("train", train, gather=False), train, setup, config)
     eval_rows = _Rows.of(measurement.features("eval", evaluation, gather=False), evaluation, setup, config)
     if config.normalise == "standardise":
@@ -130,6 +132,10 @@ def run_linear(
     if len(config.c) > 1:
         with measurement.stage("sweep"):
             held_out = torch.from_numpy(holdout_mask(labels_of(train), config.holdout, config.seed))
+            if not held_out.any():
+                raise OptionError(
+                    f"No class of {train.name} has two pictures, so none can be held out to choose C. Give one C."
+                )
             c, sweep = task.choose(train_rows, held_out)
         measurement.notes += _notes_on(c, sweep, config)
     with measurement.stage("fit"):

@@ -7,6 +7,7 @@ best map is known in closed form: `ridge` finds in one pass over the pictures wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -52,7 +53,8 @@ class PositionConfig:
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0 or self.ridge < 0:
+        finite = math.isfinite(self.learning_rate) and math.isfinite(self.ridge)
+        if self.epochs < 1 or self.batch_size < 1 or not finite or self.learning_rate <= 0 or self.ridge < 0:
             raise OptionError(
                 "epochs and batch_size must be at least 1, learning_rate above 0 and ridge not below 0, got "
                 f"{self.epochs}, {self.batch_size}, {self.learning_rate} and {self.ridge}."
@@ -94,7 +96,14 @@ def target_grid(height: int, width: int) -> Tensor:
 
     Returns:
         [2, h, w]: x, then y.
+
+    Raises:
+        OptionError: A side has only one patch, which has no place between the outermost ones.
     """
+    if min(height, width) < 2:
+        raise OptionError(
+            f"A grid of {height}x{width} patches has no positions to tell apart. Choose a higher resolution."
+        )
     x, y = torch.linspace(-1, 1, width), torch.linspace(-1, 1, height)
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
 
@@ -276,6 +285,8 @@ def run_position(
             found = _fit_ridge(measurement, train, config)
         else:
             found = _fit_adam(measurement, train, config, cache_bytes)
+    if not all(bool(t.isfinite().all()) for t in found):
+        raise OptionError("The fit diverged: the map is not finite. Choose a smaller learning rate, or solver='ridge'.")
     found = LinearMap(*(t.to(setup.options.device) for t in found))
     errors = PositionErrors()
     features = FeaturePass(measurement, evaluation, own_part(len(evaluation), setup.group), "all")

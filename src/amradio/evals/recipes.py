@@ -9,6 +9,7 @@ checkpoint: radio_v1                        # the weights that they belong to
 data: imagenet-1k (gated ...)               # what has to be at hand
 tolerance: 0.1                              # how far ours may be off, in the unit of the number
 hardware: published runs used 8 GPUs ...
+time: about 5 minutes on ...                # what to expect
 note: what is not certain
 runs:
   - setting: shortest side 378, aspect kept
@@ -59,6 +60,7 @@ class Recipe:
         data: What has to be at hand.
         tolerance: Largest difference that counts as reproduced, in the unit of the metric.
         hardware: What it takes.
+        time: How long it takes.
         note: What is uncertain.
         runs: At least one.
     """
@@ -71,6 +73,7 @@ class Recipe:
     data: str
     tolerance: float
     hardware: str
+    time: str
     note: str
     runs: tuple[RecipeRun, ...]
 
@@ -86,6 +89,7 @@ class Comparison:
         ours: What was measured here; None if it could not be.
         tolerance: See `Recipe`.
         reason: Why it could not be measured.
+        partial: How what was measured is not what was published, such as on fewer pictures.
     """
 
     setting: str
@@ -94,11 +98,17 @@ class Comparison:
     ours: float | None
     tolerance: float
     reason: str = ""
+    partial: str = ""
+
+    @property
+    def close(self) -> bool:
+        """Whether ours is within the tolerance."""
+        return self.ours is not None and abs(self.ours - self.published) <= self.tolerance
 
     @property
     def reproduced(self) -> bool:
-        """Whether ours is within the tolerance."""
-        return self.ours is not None and abs(self.ours - self.published) <= self.tolerance
+        """Whether ours is within the tolerance, of the same measurement."""
+        return self.close and not self.partial
 
 
 def recipe_names() -> list[str]:
@@ -132,7 +142,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     return _parse(name_or_path, text)
 
 
-def compare_run(recipe: Recipe, run: RecipeRun, metrics: Mapping[str, float], reason: str = "") -> list[Comparison]:
+def compare_run(
+    recipe: Recipe, run: RecipeRun, metrics: Mapping[str, float], reason: str = "", partial: str = ""
+) -> list[Comparison]:
     """Put measured values beside the published ones.
 
     Args:
@@ -140,6 +152,7 @@ def compare_run(recipe: Recipe, run: RecipeRun, metrics: Mapping[str, float], re
         run: One of its runs.
         metrics: What was measured; empty if nothing could be.
         reason: Why not.
+        partial: See `Comparison`.
 
     Returns:
         One comparison for each published value.
@@ -153,7 +166,7 @@ def compare_run(recipe: Recipe, run: RecipeRun, metrics: Mapping[str, float], re
             f"Recipe {recipe.name} expects the metric {missing[0]!r}; the evaluation has {', '.join(metrics)}."
         )
     return [
-        Comparison(run.setting, name, value, metrics.get(name), recipe.tolerance, reason)
+        Comparison(run.setting, name, value, metrics.get(name), recipe.tolerance, reason, partial)
         for name, value in run.expected.items()
     ]
 
@@ -165,7 +178,7 @@ def _parse(name: str, text: str) -> Recipe:
         data = yaml.safe_load(text)
         runs = tuple(_parse_run(r) for r in data["runs"])
         title = text.splitlines()[0].removeprefix("#").strip()
-        fields: dict[str, Any] = {k: str(data[k]) for k in ("task", "source", "checkpoint", "data", "hardware")}
+        fields: dict[str, Any] = {k: str(data[k]) for k in ("task", "source", "checkpoint", "data", "hardware", "time")}
         recipe = Recipe(
             name=name,
             title=title,

@@ -17,6 +17,7 @@ from amradio.backbones.protocol import Backbone, HasIdentity
 from amradio.errors import DatasetError, OptionError
 from amradio.evals.report import EvalReport, Metric
 from amradio.features.collect import Failure, FeatureTable, collect
+from amradio.features.manifest import weights_digest
 from amradio.features.runner import ExtractOptions, FeatureRecord
 from amradio.images.resize import ResizeMode, ResizePolicy
 from amradio.models.view import RadioView
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from amradio.distributed import Group
     from amradio.images.dataset import ImageSet
 
-ClassRule = Literal["same", "subset"]
-"""How the classes of two sets must agree: ``same``: as many; ``subset``: those of the second occur in the first."""
+ClassRule = Literal["same", "subset", "numbers"]
+"""How the classes of two sets must agree: ``same``: as many; ``subset``: those of the second occur in the first;
+``numbers``: as ``subset``, and the numbers of classes count even where their names say otherwise."""
 
 _SPEED_OPTIONS = ("batch_size", "look_ahead", "workers", "compile")  # of ExtractOptions: not part of a protocol
 _LISTED_FAILURES = 1000  # more are counted, but not listed
@@ -224,6 +226,8 @@ def model_record(backbone: Backbone) -> dict[str, Any]:
     identity = dataclasses.asdict(backbone.identity) if isinstance(backbone, HasIdentity) else {}
     adaptor = backbone.name if isinstance(backbone, RadioView) and backbone.name != "backbone" else None
     source = str(identity.get("source") or type(backbone).__name__)
+    if not any(identity.get(name) for name in ("sha256", "revision")) and isinstance(backbone, torch.nn.Module):
+        identity["sha256_of_weights"] = weights_digest(backbone)
     return {
         "name": identity.get("version") or source,
         "adaptor": adaptor,
@@ -287,7 +291,8 @@ def labels_of(images: ImageSet) -> np.ndarray:
         split = f", split {images.split!r}," if images.split else ""
         raise DatasetError(
             f"{missing} of {len(images)} pictures of {images.name}{split} have no label, and this evaluation needs the "
-            "label of each. The labels of a test split are often kept secret: choose another split."
+            "label of each. Give a folder with a folder for each class, or a list with labels. If this is a test "
+            "split, whose labels are often kept secret, choose another."
         )
     return labels
 
@@ -299,8 +304,26 @@ def class_count(images: ImageSet) -> int:
     return int(images.labels.max(initial=-1)) + 1 if images.labels is not None else 0
 
 
-def check_pair(train: ImageSet, evaluation: ImageSet, rule: ClassRule = "same") -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class Pair:
+    """Two sets whose classes agree.
+
+    Attributes:
+        evaluation: The set to classify, its labels under the numbers of the other set.
+        num_classes: Of both together.
+        notes: For the report.
+    """
+
+    evaluation: ImageSet
+    num_classes: int
+    notes: tuple[str, ...] = ()
+
+
+def check_pair(train: ImageSet, evaluation: ImageSet, rule: ClassRule = "same") -> Pair:
     """Check that a set can be evaluated with the labels of another.
+
+    Classes are told by their names where both sets have names, and where those of the second are among those of the
+    first; otherwise by their numbers.
 
     Args:
         train: The labelled pictures to learn from.
@@ -308,12 +331,12 @@ def check_pair(train: ImageSet, evaluation: ImageSet, rule: ClassRule = "same") 
         rule: How their classes must agree.
 
     Returns:
-        The number of classes, and notes for the report.
+        The set to classify under the right numbers, the number of classes, and notes for the report.
 
     Raises:
         DatasetError: Labels are missing, the classes do not agree, or both sets are the same pictures.
     """
-    train_labels, eval_labels = labels_of(train), labels_of(evaluation)
+    labels_of(train), labels_of(evaluation)
     if train.fingerprint == evaluation.fingerprint:
         raise DatasetError(
             f"The train and the evaluation set are the same {len(train)} pictures ({_named(train)}), so each would be "
@@ -323,27 +346,48 @@ def check_pair(train: ImageSet, evaluation: ImageSet, rule: ClassRule = "same") 
     if rule == "same" and classes != others:
         raise DatasetError(
             f"{_named(train)} has {classes} classes and {_named(evaluation)} has {others}, so their labels may not "
-            "mean the same. If the evaluation set has some of the train set's classes, under the same numbers, say "
-            "classes='subset' (--classes subset)."
+            "mean the same. If the evaluation set has some of the train set's classes, say classes='subset' "
+            "(--classes subset)."
         )
-    unknown = np.setdiff1d(eval_labels, train_labels)
+    notes: list[str] = []
+    if rule != "numbers":
+        evaluation, notes = _by_name(train, evaluation)
+    unknown = np.setdiff1d(labels_of(evaluation), labels_of(train))
     if len(unknown):
         shown = ", ".join(map(str, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
         raise DatasetError(
             f"{len(unknown)} classes of {_named(evaluation)} have no picture in {_named(train)}: {shown}. No answer "
             "for them could be right."
         )
-    notes = []
-    if rule == "same" and train.class_names and evaluation.class_names:
-        pairs = list(zip(train.class_names, evaluation.class_names, strict=True))
-        different = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if different is not None:
-            a, b = pairs[different]
-            notes.append(
-                f"Train and evaluation set name their classes differently: class {different} is {a!r} and {b!r}. The "
-                "numbers of the classes were used."
-            )
-    return classes, notes
+    shared = evaluation.shared_with(train)
+    if shared:
+        notes.append(
+            f"{shared} of the {len(evaluation)} pictures to classify are in the train set too, and are found there."
+        )
+    return Pair(evaluation, classes, tuple(notes))
+
+
+def _by_name(train: ImageSet, evaluation: ImageSet) -> tuple[ImageSet, list[str]]:
+    """The evaluation set under the train set's numbers of classes, where names tell; and notes."""
+    names, others = train.class_names, evaluation.class_names
+    if names is None or others is None or names[: len(others)] == others:
+        return evaluation, []
+    number = {name: i for i, name in enumerate(names)}
+    if len(number) == len(names) and set(others) <= set(number):
+        mapped = np.array([number[name] for name in others], dtype=np.int64)[labels_of(evaluation)]
+        return evaluation.relabelled(mapped, names), ["The classes of the two sets were matched by their names."]
+    common = [name for name in others if name in number and others.index(name) != number[name]]
+    if common:
+        raise DatasetError(
+            f"{_named(train)} and {_named(evaluation)} share some names of classes under other numbers: {common[0]!r} "
+            f"is class {number[common[0]]} of the one and class {others.index(common[0])} of the other. Name the "
+            "classes alike; or say classes='numbers' (--classes numbers) if only the numbers count."
+        )
+    i = next((i for i, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), 0)
+    return evaluation, [
+        f"Train and evaluation set name their classes differently: class {i} is {names[i]!r} and {others[i]!r}. The "
+        "numbers of the classes were used."
+    ]
 
 
 def _named(images: ImageSet) -> str:

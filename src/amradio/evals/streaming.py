@@ -15,6 +15,7 @@ from amradio.errors import OptionError
 from amradio.evals.runner import Measurement, model_record
 from amradio.features.collect import Failure
 from amradio.features.extract import FeatureRecord, extract
+from amradio.features.partition import check_same_set
 from amradio.features.timing import StageTimer
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class FeaturePass:
     def __iter__(self) -> Iterator[FeatureRecord]:
         """Yield the pictures that worked, in order; `position` counts in the whole set."""
         setup = self._measurement.setup
+        check_same_set(self._images, setup.group)
         options = dataclasses.replace(setup.options, keep=self._keep)
         sources = (self._images[int(i)] for i in self._positions)
         start = time.perf_counter()

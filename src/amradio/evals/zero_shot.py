@@ -115,8 +115,8 @@ def resolve_class_names(images: ImageSet, choice: str = "auto") -> tuple[str, tu
     """Decide by which words the classes of a set are described.
 
     ``auto`` takes ImageNet's list for a set of 1000 classes that are named by WordNet ids (``n01440764``, as the
-    folders of ImageNet are), or whose own name contains "imagenet": the names that come with such data ("tench, Tinca
-    tinca") are not those of the published protocol.
+    folders of ImageNet are), or that is called ImageNet and has no names or names that mean the same in the same order:
+    those that come with such data ("tench, Tinca tinca") are not those of the published protocol.
 
     Args:
         images: The set.
@@ -264,7 +264,17 @@ def _is_imagenet(images: ImageSet) -> bool:
     if class_count(images) != _IMAGENET_CLASSES:
         return False
     names = images.class_names
-    return "imagenet" in images.name.lower() or (names is not None and all(map(_WORDNET_ID.fullmatch, names)))
+    if names is None:
+        return "imagenet" in images.name.lower()
+    if all(map(_WORDNET_ID.fullmatch, names)):
+        return list(names) == sorted(names)
+    return "imagenet" in images.name.lower() and _mean_the_same(names, load_class_names(IMAGENET))
+
+
+def _mean_the_same(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether most names have a word in common with their counterpart, as those of other lists of ImageNet have."""
+    words = [[set(re.findall(r"\w+", name.lower())) for name in side] for side in (names, others)]
+    return sum(bool(a & b) for a, b in zip(*words, strict=True)) > len(names) / 2
 
 
 def _dropped_text(span: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amradio.features.extract import extract
-from amradio.features.partition import Partition, balanced_shard_size
+from amradio.features.partition import Partition, balanced_shard_size, check_same_set
 from amradio.features.runner import ExtractOptions, FeatureModel, FeatureRecord
 from amradio.features.timing import StageTimer
 
@@ -99,8 +99,9 @@ def collect(
         The table.
 
     Raises:
-        OptionError: See `extract`.
+        OptionError: See `extract`; or the processes opened different sets.
     """
+    check_same_set(images, group)
     options = dataclasses.replace(options or ExtractOptions(), keep="summary")
     partition = Partition(len(images), shard_size or balanced_shard_size(len(images), options.batch_size))
     rank, world_size = (0, 1) if group is None else (group.rank, group.world_size)
@@ -122,7 +123,7 @@ def collect(
     timing = timer.record(options.batch_size)
     if group is not None:
         positions, summaries, failures = _exchanged(positions, summaries, failures, group, gather)
-        timing = _together(timing, timer, group)
+        timing = together(timing, timer, group)
     labels = None if images.labels is None else torch.from_numpy(images.labels.copy())[positions]
     return FeatureTable(positions, labels, summaries, failures, timing)
 
@@ -174,7 +175,7 @@ def _exchanged(
     return all_positions, gathered, sorted(everyones, key=lambda f: f.position)
 
 
-def _together(timing: dict[str, Any], timer: StageTimer, group: Group) -> dict[str, Any]:
+def together(timing: dict[str, Any], timer: StageTimer, group: Group) -> dict[str, Any]:
     """Wall time and speed of all processes together."""
     found = group.all_gather_objects((timing["wall_s"], timer.pictures))
     wall_s = max(seconds for seconds, _ in found)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from amradio.errors import AmradioError, OptionError
-from amradio.features.collect import Failure
+from amradio.features.collect import Failure, together
 from amradio.features.embeddings import read_failures
 from amradio.features.extract import extract
 from amradio.features.files import remove_temporary_files
@@ -35,7 +35,7 @@ from amradio.features.manifest import (
     read_manifest,
     write_manifest,
 )
-from amradio.features.partition import Partition
+from amradio.features.partition import Partition, check_same_set
 from amradio.features.runner import ExtractOptions, FeatureModel
 from amradio.features.shards import ShardBuilder, ShardSummary, read_summary, shard_files, table_path, tensors_path
 from amradio.features.timing import StageTimer
@@ -103,13 +103,14 @@ def embed(
     Returns:
         A record that can be saved as JSON: ``images``, ``ok``, ``failed``, ``failures`` (id, path and reason of the
         first 1000), ``resumed`` (pictures of an earlier run), ``shards``, ``fingerprint``, ``policy``, ``folder``, and
-        what `StageTimer.record` says about this process. The same on all processes, but for the times.
+        what `StageTimer.record` says: wall time and speed of all processes together, stages and batch fill of this one.
 
     Raises:
         OptionError: The folder holds embeddings made with other settings; the message says which. Or it holds other
             files of the names that would be written.
         OSError: The embeddings could not be written.
     """
+    check_same_set(images, group)
     options, embed_options = options or ExtractOptions(), embed_options or EmbedOptions()
     size = embed_options.shard_size or (_SHARD_SIZE_OF_MAPS if options.keep == "all" else _SHARD_SIZE)
     partition = Partition(len(images), size)
@@ -139,7 +140,7 @@ def embed(
                 progress.advance(world_size)
     timing = timer.record(options.batch_size)
     if group is not None:
-        group.barrier()
+        timing = together(timing, timer, group)  # which waits for all of them
     progress.advance(len(images))
     return {**_agreed(group, job.finish), "resumed": resumed, "policy": str(policy), **timing}
 

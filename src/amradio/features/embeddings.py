@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,9 @@ class Embeddings:
 
 
 class EmbeddingRows:
-    """Rows of one kind, read from the files when they are asked for. Slices are tensors, [n, C], as stored.
+    """Rows of one kind, read from the files when they are asked for, as stored.
+
+    A slice, a list or a tensor of indices gives [n, C], one index gives [C].
 
     Args:
         folder: Of the embeddings.
@@ -181,12 +183,34 @@ class EmbeddingRows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, rows: slice, /) -> Tensor:
+    def __getitem__(self, rows: slice | int | Sequence[int] | Tensor | np.ndarray, /) -> Tensor:
+        if not isinstance(rows, slice):
+            return self._chosen(rows)
         start, stop, step = rows.indices(len(self))
         if step != 1:
             raise OptionError(f"Rows are read in runs, with step 1, got {step}.")
         parts = list(self._parts(start, max(start, stop)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _chosen(self, rows: Any) -> Tensor:
+        """The rows of one index, or of several, each shard being opened once."""
+        indices = np.asarray(rows)
+        if not indices.size:
+            return self[0:0]
+        if indices.dtype.kind not in "iu" or indices.ndim > 1:
+            raise OptionError(f"Rows are chosen by whole numbers or a slice, got {rows!r:.80}.")
+        if ((indices < -len(self)) | (indices >= len(self))).any():
+            raise IndexError(f"A row is outside the {len(self)} rows: {rows!r:.80}.")
+        flat = np.where(indices < 0, indices + len(self), indices).reshape(-1)
+        found: list[Tensor] = [torch.empty(0)] * len(flat)
+        shards = np.searchsorted(self._starts, flat, side="right") - 1
+        for shard in np.unique(shards):
+            with _opened(self._folder, int(shard)) as file:
+                part = file.get_slice(self._name)
+                for i in np.flatnonzero(shards == shard):
+                    local = int(flat[i] - self._starts[shard])
+                    found[i] = part[local : local + 1][0]
+        return torch.stack(found) if indices.ndim else found[0]
 
     def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
         """Runs of rows, one from each shard; of no rows, an empty run that tells the width."""

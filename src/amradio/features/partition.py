@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amradio.errors import OptionError
 
+if TYPE_CHECKING:
+    from amradio.distributed import Group
+    from amradio.images.dataset import ImageSet
+
 _WANTED_SHARDS = 128  # so many that even dozens of processes get nearly even shares
+_FEWEST_SHARDS = 16  # as long as there are as many batches
 _LARGEST_SHARD = 1024
 
 
@@ -46,6 +52,28 @@ class Partition:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+def check_same_set(images: ImageSet, group: Group | None) -> None:
+    """Check that all processes opened the same pictures; a share of another set would give wrong numbers.
+
+    Args:
+        images: The set of this process.
+        group: The processes; None = alone.
+
+    Raises:
+        OptionError: They differ; the same on all processes.
+    """
+    if group is None:
+        return
+    found = group.all_gather_objects((len(images), images.fingerprint))
+    if len(set(found)) > 1:
+        other = next(rank for rank, one in enumerate(found) if one != found[0])
+        raise OptionError(
+            f"The processes do not see the same pictures under {images.name}: process 0 has {found[0][0]} and process "
+            f"{other} has {found[other][0]}, or their names, labels, sizes or times of change differ. Give all of them "
+            "the same files."
+        )
+
+
 def balanced_shard_size(count: int, batch_size: int) -> int:
     """Choose a shard size for results that are held in memory, where it matters only for how evenly work is split.
 
@@ -54,7 +82,9 @@ def balanced_shard_size(count: int, batch_size: int) -> int:
         batch_size: Most pictures in one forward pass.
 
     Returns:
-        A multiple of `batch_size`, at least 4 of them, so that batches of pictures of one size are full.
+        A multiple of `batch_size`: at least 4 batches of a large set, so that batches of pictures of one size are full;
+        fewer of a small one, so that each of a few processes has something to do.
     """
     wanted = min(count // _WANTED_SHARDS, _LARGEST_SHARD)
-    return max(wanted // batch_size, 4) * batch_size
+    batches = max(wanted // batch_size, min(4, max(count // (_FEWEST_SHARDS * batch_size), 1)))
+    return batches * batch_size

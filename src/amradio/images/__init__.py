@@ -5,6 +5,7 @@ from amradio.images.decode import MAX_PIXELS, WHITE, DecodeMode, decode, to_tens
 from amradio.images.files import expand
 from amradio.images.open import open_images
 from amradio.images.resize import ResizePolicy, scaled_size
+from amradio.images.segmentation import SegmentationSample, SegmentationSet, open_segmentation
 from amradio.images.sources import PICTURE_SUFFIXES, EncodedImage, ImageFile, ImageSource
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "ImageSet",
     "ImageSource",
     "ResizePolicy",
+    "SegmentationSample",
+    "SegmentationSet",
     "decode",
     "expand",
     "open_images",
+    "open_segmentation",
     "scaled_size",
     "to_tensor",
     "to_uint8_tensor",

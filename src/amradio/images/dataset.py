@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -114,14 +116,7 @@ class ImageSet:
         Raises:
             OptionError: An index is out of range.
         """
-        values = np.array(indices if isinstance(indices, (np.ndarray, list, tuple, range)) else list(indices))
-        if values.size and values.dtype.kind not in "iu":
-            raise OptionError(f"Pictures are selected by whole numbers, got {values.dtype} values.")
-        chosen = values.astype(np.int64).reshape(-1)
-        outside = chosen[(chosen < -len(self)) | (chosen >= len(self))]
-        if outside.size:
-            raise OptionError(f"Index {outside[0]} is outside the {len(self):,} pictures of {self.name}.")
-        chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        chosen = positions(indices, len(self), self.name)
         return ImageSet(
             self.rows,
             name=self.name,
@@ -142,9 +137,50 @@ class ImageSet:
             indices=self._indices,
         )
 
+    def relabelled(self, labels: np.ndarray, class_names: Iterable[str] | None) -> ImageSet:
+        """The same pictures with other labels.
+
+        Args:
+            labels: Integers [N].
+            class_names: The name of each label from 0, or None.
+
+        Raises:
+            DatasetError: See `ImageSet`.
+        """
+        return ImageSet(
+            self.rows,
+            name=self.name,
+            split=self.split,
+            labels=labels,
+            class_names=class_names,
+            indices=self._indices,
+        )
+
+    def balanced_head(self, count: int, seed: int) -> ImageSet:
+        """Take some pictures at random, as many of each class as there are, up to one.
+
+        Args:
+            count: How many in all; all if there are fewer.
+            seed: Of the choice, and of their order.
+        """
+        shuffled = permutation(len(self), seed)
+        if self.labels is None:
+            return self.select(shuffled[:count])
+        labels = self.labels[shuffled]
+        order = np.argsort(labels, kind="stable")  # [N] classes one after the other
+        _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+        round_of = np.empty(len(self), dtype=np.int64)  # the how-manieth of its class each picture is
+        round_of[order] = np.arange(len(self)) - np.repeat(starts, sizes)
+        return self.select(shuffled[np.argsort(round_of, kind="stable")[:count]])
+
+    def shared_with(self, other: ImageSet) -> int:
+        """How many of these pictures are in another set too: are in the same place."""
+        own = Counter(os.path.abspath(source.location) for source in self)
+        return sum(own.pop(os.path.abspath(source.location), 0) for source in other)
+
     def shuffled(self, seed: int) -> ImageSet:
         """Put the pictures into an order that depends on the seed and their number only."""
-        return self.select(_permutation(len(self), seed))
+        return self.select(permutation(len(self), seed))
 
     def head(self, count: int) -> ImageSet:
         """Take the first pictures; all if there are fewer."""
@@ -162,7 +198,7 @@ class ImageSet:
         """
         if self.labels is None:
             raise DatasetError(f"{self.name} has no labels, so none of each class can be drawn.")
-        shuffled = _permutation(len(self), seed)
+        shuffled = permutation(len(self), seed)
         by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]  # [N] classes one after the other
         classes, starts, sizes = np.unique(self.labels[by_class], return_index=True, return_counts=True)
         short = [(c, n) for c, n in zip(classes, sizes, strict=True) if c != UNLABELLED and n < count]
@@ -196,6 +232,30 @@ class ImageSet:
         yield from self.rows.stamps(np.arange(len(self)) if self._indices is None else self._indices)
 
 
-def _permutation(count: int, seed: int) -> np.ndarray:
+def positions(indices: Iterable[int], count: int, name: str) -> np.ndarray:
+    """Check which pictures of a set are chosen.
+
+    Args:
+        indices: Positions in the set; negative ones count from the end.
+        count: Of the pictures of the set.
+        name: Of the set, for messages.
+
+    Returns:
+        int64, each from 0 to `count` - 1.
+
+    Raises:
+        OptionError: An index is out of range.
+    """
+    values = np.array(indices if isinstance(indices, (np.ndarray, list, tuple, range)) else list(indices))
+    if values.size and values.dtype.kind not in "iu":
+        raise OptionError(f"Pictures are selected by whole numbers, got {values.dtype} values.")
+    chosen = values.astype(np.int64).reshape(-1)
+    outside = chosen[(chosen < -count) | (chosen >= count)]
+    if outside.size:
+        raise OptionError(f"Index {outside[0]} is outside the {count:,} pictures of {name}.")
+    return np.where(chosen < 0, chosen + count, chosen)
+
+
+def permutation(count: int, seed: int) -> np.ndarray:
     """An order that is the same under every version of numpy, which `Generator.permutation` does not promise."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")

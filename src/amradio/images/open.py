@@ -12,7 +12,7 @@ from amradio.errors import DatasetError, OptionError
 from amradio.hub import HubOptions
 from amradio.images.braces import expand_braces
 from amradio.images.dataset import ImageSet
-from amradio.images.files import expand, list_folder
+from amradio.images.files import Listing, expand, list_folder
 from amradio.images.folders import open_picture_folder
 from amradio.images.hf import SAVED_MARKS, open_saved
 from amradio.images.hub import open_hub
@@ -158,6 +158,7 @@ def _open_folder(folder: str, context: _Context, split: str | None) -> ImageSet:
     for ending in (".tar", ".parquet"):
         shards = [os.path.join(folder, f) for f in listing.files if f.lower().endswith(ending)]
         if shards:
+            _refuse_other_pictures(folder, listing, shards)
             return _open_files(shards, context if split else replace(context, split=None)).with_split(context.split)
     splits = [f for f in listing.folders if f.lower() in SPLIT_NAMES]
     if split is not None:
@@ -165,6 +166,21 @@ def _open_folder(folder: str, context: _Context, split: str | None) -> ImageSet:
     if splits and len(splits) == len(listing.folders):
         raise several_splits(f"The folder {folder}", splits)
     return open_picture_folder(folder, listing, context.name, context.split)
+
+
+def _refuse_other_pictures(folder: str, listing: Listing, shards: list[str]) -> None:
+    """Refuse a folder in which either the archives or the pictures beside them would be left out."""
+    others = [f for f in listing.files if _is_picture(f)]
+    others += [f"{f}/" for f in listing.folders if any(map(_is_picture, list_folder(os.path.join(folder, f)).files))]
+    if others:
+        raise DatasetError(
+            f"The folder {folder} has {len(shards)} archives or tables ({os.path.basename(shards[0])}) and beside them "
+            f"{len(others)} pictures or folders ({others[0]}). Name the archives, or move them elsewhere."
+        )
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def _existing(words: list[str]) -> list[str]:

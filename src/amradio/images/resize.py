@@ -214,12 +214,15 @@ class ResizePolicy:
         from amradio.images.decode import channels_first, to_uint8_tensor
 
         h, w = size or self.target_size(image.height, image.width)
-        if resizer == "pillow" or self.mode == "crop" or (image.height, image.width) == (h, w):
+        if resizer == "pillow" or (image.height, image.width) == (h, w):
             return to_uint8_tensor(self.apply(image, (h, w)))
         from torch.nn.functional import interpolate
 
         # Bytes, with the channels last in memory, take torch's fast path for pictures.
         pixels = channels_first(image)[None]  # [1, 3, H, W]
+        if self.mode == "crop":  # to whole pixels, for torch knows no others: off by half a source pixel at most
+            left, top, right, bottom = map(round, _centre_box(image.height, image.width, h, w))
+            pixels = pixels[..., top:bottom, left:right]
         return interpolate(pixels, (h, w), mode="bicubic", antialias=True, align_corners=False)[0].contiguous()
 
 

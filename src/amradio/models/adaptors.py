@@ -208,7 +208,8 @@ class Adaptor(nn.Module):
         if not self._text:
             if self._load_text is None:
                 raise CapabilityError(
-                    f"The teacher {self.name!r} has no text side. Adaptors of CLIP and SigLIP type teachers have one."
+                    f"The teacher {self.name!r} has no text side. Adaptors have one whose teacher's record is of the "
+                    f"type open_clip, siglip2, siglip, hf or sentence."
                 )
             try:
                 self._text.append(self._load_text(device))
