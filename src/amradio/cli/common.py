@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
+
 from amradio.errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ class BackboneOptions:
     """Where downloads are kept."""
     offline: bool = False
     """Never use the network."""
+    model_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE: what only this kind of backbone knows, such as stride=16 (efficientnet-lite0) or
+    trust_remote_code=true (torchhub:). Repeat the option for several."""
 
     def load_backbone(self, spec: str, adaptor: str | None, device: Any, *, progress: bool) -> Backbone:
         """Load a backbone onto a device.
@@ -63,6 +68,7 @@ class BackboneOptions:
             local_files_only=self.offline,
             progress=progress,
             **{name: value for name, value in only_radio.items() if value is not None},
+            **options_of(self.model_option),
         )
 
     def load_model(self, spec: str, adaptors: Sequence[str], device: Any, *, progress: bool) -> Any:
@@ -166,6 +172,26 @@ def dtype_of(name: str) -> Any:
     import torch
 
     return None if name in ("auto", "off") else getattr(torch, name)
+
+
+def options_of(words: Sequence[str]) -> dict[str, Any]:
+    """The keywords in words NAME=VALUE; values as in YAML: numbers, true, false, null, [1, 2], or text.
+
+    Raises:
+        OptionError: A word is not of this form.
+    """
+    import yaml
+
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not name.strip().replace("-", "_").isidentifier():
+            raise OptionError(f"--model-option {word!r} must be NAME=VALUE, such as stride=16.")
+    return found
 
 
 def check_counts(**counts: int | None) -> None:
