@@ -295,11 +295,6 @@ def test_compiling_settles_with_windows(toy: Toy) -> None:
     check_compiled(model)
 
 
-@pytest.mark.slow
-def test_compiling_settles_for_eradio(toy: Toy) -> None:
-    check_compiled(toy("eradio"))
-
-
 def check_exported(model: RadioModel) -> None:
     """A program exported at one size is right at other sizes, whatever the aspect ratio."""
     step = step_of(model)

@@ -395,10 +395,9 @@ def test_results_follow_every_kind_of_optimizer(toy: Toy, name: str, how: dict[s
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's own compiler
-@pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_gradients_equal_eager_ones(toy: Toy, batch: int) -> None:
+def test_compiled_gradients_equal_eager_ones(toy: Toy) -> None:
     model = toy(NAME).eval()
-    images = torch.rand(batch, 3, 64, 96)
+    images = torch.rand(1, 3, 64, 96)  # a batch of one is what inductor once got wrong
     grads = []
     for run in (model, torch.compile(model)):
         model.zero_grad()
