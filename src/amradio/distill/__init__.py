@@ -1,0 +1,1 @@
+"""Multi-teacher distillation: several frozen teachers into one student, at any resolution."""

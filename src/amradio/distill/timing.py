@@ -1,0 +1,56 @@
+"""Where the time of a training run goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+TrainStage = Literal["data", "teachers", "student", "optimizer", "other"]
+STAGES: tuple[TrainStage, ...] = get_args(TrainStage)
+
+
+class StepClock:
+    """Seconds of each stage since the last reading.
+
+    On a GPU the stages are timed by events on its stream, which are read after the step's own synchronisation, so
+    that timing never makes the GPU wait.
+
+    Args:
+        device: Where the training runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._events: list[tuple[TrainStage, torch.cuda.Event, torch.cuda.Event]] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: TrainStage) -> Iterator[None]:
+        """Time a stage. Waiting for data is timed on the CPU, work on the device."""
+        if self._cuda and name != "data":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()  # type: ignore[no-untyped-call]
+            yield
+            end.record()  # type: ignore[no-untyped-call]
+            self._events.append((name, start, end))
+            return
+        begin = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Seconds by stage since the last reading, and begin anew. ``other`` is what no stage accounts for."""
+        for name, start, end in self._events:
+            end.synchronize()  # type: ignore[no-untyped-call]
+            self._seconds[name] += start.elapsed_time(end) / 1000  # type: ignore[no-untyped-call]
+        now = time.perf_counter()
+        accounted = sum(self._seconds.values())
+        found = self._seconds | {"other": max(now - self._since - accounted, 0.0)}
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._events, self._since = [], now
+        return dict(found)

@@ -1,0 +1,294 @@
+"""The loop: it learns, stops, goes on exactly, and says what goes wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import amradio
+from amradio.distill.hooks import FunctionHook
+from amradio.distill.logging import read_log
+from amradio.distill.loop import NON_FINITE, STATES, distill
+from amradio.distill.state import find_states
+from amradio.distill.steps import NonFiniteLossError
+from amradio.errors import CheckpointError, ConfigError, OptionError
+from amradio.weights.tensorfiles import read_tensors
+
+CPU = torch.device("cpu")
+
+
+class StopError(Exception):
+    """What kills a run in a test."""
+
+
+def killed_after(step):
+    def on_progress(progress):
+        if progress.step == step:
+            raise StopError
+
+    return on_progress
+
+
+def run(config, folder, **options):
+    return distill(config, folder, device=CPU, **options)
+
+
+def weights(folder):
+    return read_tensors(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_from_start_to_end(config, tmp_path):
+    messages = []
+    outcome = run(config(), tmp_path, on_message=messages.append)
+    assert (outcome.step, outcome.reason) == (6, "finished")
+    assert outcome.model == tmp_path / "model.safetensors"
+    log = read_log(tmp_path)
+    assert [entry["step"] for entry in log] == list(range(1, 7))
+    wanted = {"loss", "lr", "gradient_norm", "images_per_s", "seconds/teachers", "main/one/summary", "main/one/features"}
+    assert wanted | {"main/two/features_cosine", "main/two/features_variance", "main/two/summary_cosine"} <= set(log[0])
+    assert log[0]["lr"] == pytest.approx(0.5e-3)
+    model = amradio.load(str(outcome.model), ["one", "two"])
+    out = model(torch.rand(1, 3, 32, 32))
+    assert out["one"].summary.shape == (1, 12)
+    assert out["two"].features.shape == (1, 64, 10)  # upsampled twice
+    assert out["backbone"].summary.shape == (1, 32)
+    assert messages == ["estimating statistics of 2 teachers from 16 pictures"]
+    card = (tmp_path / "README.md").read_text()
+    assert "24 pictures" in card
+    assert "6 steps, 24 pictures shown" in card
+
+
+def test_ten_images_are_learned_by_heart(config, tmp_path):
+    c = config(
+        data__sources=[{"path": config().data.sources[0].path, "limit": 10}],
+        data__crops={"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0},
+        student__model__backbone__position="fixed",
+        student__model__backbone__position_grid=[4, 4],
+        student__model__backbone__embed_dim=64,
+        student__model__backbone__mlp_hidden_dim=256,
+        student__ema=None,
+        teachers__1__summary={"loss": "cosine"},
+        teachers__1__features={"loss": "mse"},
+        partitions__0__sizes=[32],
+        partitions__0__batch_size=10,
+        optimizer={"lr": 3e-3, "weight_decay": 0.0},
+        schedule={"steps": 500, "warmup": 20},
+        run__statistics=10,
+        run__log_steps=1,
+    )
+    run(c, tmp_path)
+    losses = [entry["loss"] for entry in read_log(tmp_path)]
+    assert losses[-1] < 0.01 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "student__spectral": True,
+            "student__damp": 0.05,
+            "run__accumulate": 2,
+            "run__teacher_dropping": 0.5,
+            "run__loss_balancing": True,
+            "optimizer": {"kind": "lamb"},
+            "student__checkpointing": True,
+        },
+    ],
+    ids=["plain", "everything"],
+)
+def test_killed_and_resumed_is_the_same_to_the_bit(config, tmp_path, changes):
+    c = config(run__checkpoint_steps=2, **changes)
+    run(c, tmp_path / "whole")
+    for step in (3, 5):  # states are at 2 and 4: a step is done again each time
+        with pytest.raises(StopError):
+            run(c, tmp_path / "killed", on_progress=killed_after(step))
+    run(c, tmp_path / "killed")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
+    keys = ("step", "loss", "lr", "gradient_norm")
+    assert [[e[k] for k in keys] for e in logs[0]] == [[e[k] for k in keys] for e in logs[1]]
+
+
+def test_slices_of_time(config, tmp_path):
+    c = config()
+    run(c, tmp_path / "whole")
+    outcomes = []
+    while not outcomes or outcomes[-1].reason == "time":
+        outcomes.append(run(c, tmp_path / "slices", max_minutes=0))
+    assert [o.step for o in outcomes] == [1, 2, 3, 4, 5, 6]
+    assert [o.model is None for o in outcomes] == [True] * 5 + [False]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "slices"))
+    assert len(find_states(tmp_path / "slices" / STATES)) == 2
+    again = run(c, tmp_path / "slices")  # nothing is left to do
+    assert (again.step, again.reason) == (6, "finished")
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment(settings, amradio_command, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(run__checkpoint_steps=1, schedule__steps=40)))
+    words = ("distill", path, "--device", "cpu", "--threads", "1")
+    amradio_command(*words, "-o", tmp_path / "whole")
+    command = [sys.executable, "-m", "amradio", *map(str, words), "-o", str(tmp_path / "killed")]
+    from conftest import ENVIRONMENT  # noqa: PLC0415
+
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 60
+    while not find_states(tmp_path / "killed" / STATES) and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = amradio_command(*words, "-o", tmp_path / "killed", "--json")
+    assert json.loads(done.stdout)["reason"] == "finished"
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_a_loss_that_is_no_number(config, tmp_path):
+    c = config(schedule__steps=20)
+    healthy = amradio.load_backbone(c.teachers[0].backbone)
+    model = SickModel(healthy, bad_call=8)  # 4 batches of statistics, then step 3
+    with pytest.raises(NonFiniteLossError, match=r"Step 3: .*summary = nan.*Lower optimizer.lr") as caught:
+        run(c, tmp_path, backbones={"one": model})
+    assert caught.value.step == 3
+    report = json.loads((tmp_path / NON_FINITE).read_text())
+    assert report["step"] == 3
+    assert len(report["pictures"][0]["main"]) == 4
+    assert report["losses"]["main/one/summary"] == "nan"
+    state = find_states(tmp_path / STATES)[-1]
+    assert state.name == "step-00000003"  # the state before the step that failed
+    assert run(c, tmp_path, backbones={"one": SickModel(healthy, bad_call=-1)}).reason == "finished"
+
+
+class SickModel(torch.nn.Module):
+    """A backbone that once says what is no number."""
+
+    def __init__(self, healthy, bad_call):
+        super().__init__()
+        self.healthy, self.bad_call, self.calls = healthy, bad_call, 0
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("healthy"), name)
+
+    def forward(self, images, feature_fmt="NLC"):
+        self.calls += 1
+        out = self.healthy(images, feature_fmt=feature_fmt)
+        return out._replace(summary=out.summary * torch.nan) if self.calls == self.bad_call else out
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(config, tmp_path, monkeypatch):
+    import amradio.distill.steps as steps
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: torch.tensor(torch.inf))
+    with pytest.raises(steps.NonFiniteLossError, match=r"Step 0: gradient_norm = inf"):
+        run(config(), tmp_path)
+
+
+def test_another_run_is_not_resumed(config, tmp_path):
+    run(config(), tmp_path, max_minutes=0)
+    with pytest.raises(ConfigError, match=r"saved by another run: seed, teachers changed since"):
+        run(config(teachers__0__summary={"loss": "mse"}, seed=3), tmp_path)
+    with pytest.raises(ConfigError, match=r"pictures changed since"):
+        run(config(data__sources=[{"path": config().data.sources[0].path, "limit": 20}]), tmp_path)
+    assert run(config(run__log_steps=2, schedule__steps=8), tmp_path).step == 8  # a longer schedule is no other run
+
+
+def test_other_weights_of_a_teacher_are_noticed(config, tmp_path, teachers):
+    from amradio.models.configs import RadioConfig
+    from amradio.weights.checkpoint import Identity
+
+    a, b = (amradio.load_backbone(teachers[0]) for _ in range(2))
+    a.identity, b.identity = (Identity(source="x", layout="native", sha256=s) for s in ("1", "2"))
+    assert isinstance(a.config, RadioConfig)
+    run(config(), tmp_path, max_minutes=0, backbones={"one": a})
+    with pytest.raises(ConfigError, match="teachers' weights changed since"):
+        run(config(), tmp_path, backbones={"one": b})
+
+
+def test_a_damaged_state_is_named(config, tmp_path):
+    outcome = run(config(), tmp_path, max_minutes=0)
+    for file in outcome.state.glob("*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be read.*Delete it"):
+        run(config(), tmp_path)
+    (outcome.state / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no usable state"):
+        run(config(), tmp_path)
+
+
+def test_hooks_see_the_exported_student(config, tmp_path):
+    seen = []
+
+    def look(moment):
+        seen.append((moment.step, moment.model.training, sorted(moment.model.adaptors)))
+        return {"number": moment.step}
+
+    run(config(), tmp_path, hooks=[FunctionHook("look", 4, look)])
+    assert seen == [(4, False, ["one", "two"]), (6, False, ["one", "two"])]
+    assert [e["look/number"] for e in read_log(tmp_path) if "look/number" in e] == [4, 6]
+    assert "| look/number | 6.0000 |" in (tmp_path / "README.md").read_text()
+
+
+def test_batches_that_cannot_be_shared(config, tmp_path):
+    with pytest.raises(ConfigError, match="batch_size 4, which 1 processes x 3 micro-batches"):
+        run(config(run__accumulate=3), tmp_path)
+    mosaic = {"teachers__0__mosaic": 2, "teachers__0__summary": None, "partitions__0__batch_size": 6}
+    with pytest.raises(ConfigError, match="do not fill mosaics of 2 x 2 for the teacher 'one'"):
+        run(config(**mosaic), tmp_path)
+    with pytest.raises(OptionError, match="start the command with torchrun"):
+        run(config(run__parallel="fsdp"), tmp_path)
+
+
+def test_partitions_windows_mosaics_and_shifts(config, tmp_path):
+    c = config(
+        teachers__0__mosaic=2,
+        teachers__0__summary=None,
+        partitions=[
+            {"name": "low", "sizes": [24, 32], "batch_size": 8, "windows": [0, 2]},
+            {"name": "high", "sizes": [48], "batch_size": 2, "teachers": ["two"], "weight": 0.5},
+        ],
+        run__shift=1,
+        run__precision="bfloat16",
+    )
+    run(c, tmp_path)
+    log = read_log(tmp_path)
+    assert {"low/one/features", "low/two/summary", "high/two/features"} <= set(log[0])
+    assert "low/one/summary" not in log[0]
+    assert "high/one/features" not in log[0]
+
+
+def test_accumulated_batches_are_whole_batches(config, tmp_path):
+    changes = {"student__model__backbone__position": "window", "partitions__0__sizes": [32]}
+    run(config(**changes), tmp_path / "whole")
+    run(config(run__accumulate=4, **changes), tmp_path / "parts")
+    losses = [[e["loss"] for e in read_log(tmp_path / n)] for n in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_cached_targets_are_what_is_computed(config, tmp_path, monkeypatch):
+    fixed = {"data__fixed_views": 2, "teachers__0__resolution": 32, "schedule__steps": 15}
+    run(config(data__cache_dir=str(tmp_path / "cache"), **fixed), tmp_path / "filling")
+    monkeypatch.setattr("amradio.distill.teachers.Teacher._computed", None)  # now everything must be there
+    run(config(data__cache_dir=str(tmp_path / "cache"), **fixed), tmp_path / "filled")
+    assert same(weights(tmp_path / "filling"), weights(tmp_path / "filled"))
+    with pytest.raises(ConfigError, match=r"another teacher, other pictures or other crops. They differ in: crops"):
+        run(config(data__cache_dir=str(tmp_path / "cache"), data__crops={"flip": 0.1}, **fixed), tmp_path / "other")
+
+
+def test_tensorboard_is_optional(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run(config(run__tensorboard=True, run__wandb="project"), tmp_path)
+    assert len(read_log(tmp_path)) == 6
