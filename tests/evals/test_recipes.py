@@ -13,6 +13,7 @@ from amradio.errors import ConfigError, OptionError
 from amradio.evals.recipes import compare_run, load_recipe, recipe_names
 from amradio.evals.report import Metric
 from amradio.weights.catalog import is_catalog_name
+from amradio.weights.dino_catalog import DINO_MODELS
 
 RECIPE = """# Toy: 50.
 task: knn
@@ -27,16 +28,20 @@ runs:
 """
 
 
+def is_known(model: str) -> bool:
+    return is_catalog_name(model) or model in DINO_MODELS
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_command_is_understood(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.title
     published = recipe.checkpoint != "e-radio_v1"  # a number without weights; its recipe says so
-    assert is_catalog_name(recipe.checkpoint) == published
+    assert is_known(recipe.checkpoint) == published
     for run in recipe.runs:
         command = parse(run.command)
         assert isinstance(command.protocol, EvalCommand)
-        assert all(is_catalog_name(m) == published for m in command.protocol.model)
+        assert all(is_known(m) == published for m in command.protocol.model)
 
 
 def test_the_numbers_of_the_first_readme() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from amradio.cli.evaluate_in_context import InContext
 from amradio.cli.evaluate_position import Position
 from amradio.cli.evaluate_text import Retrieval, ZeroShot
 from amradio.cli.evaluation import EvalCommand
@@ -149,6 +150,7 @@ class Evaluate:
         | Annotated[ZeroShot, tyro.conf.subcommand("zero-shot")]
         | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
         | Annotated[Position, tyro.conf.subcommand("position")]
+        | Annotated[InContext, tyro.conf.subcommand("in-context")]
     )
 
     @property

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from amradio.evals.report import EvalReport
     from amradio.evals.runner import Setup
     from amradio.images.dataset import ImageSet
+    from amradio.images.resize import ResizePolicy
 
 _SHOWN_FAILURES = 10
 _INCOMPLETE = 3
@@ -73,14 +74,20 @@ class EvalCommand(PictureOptions, ABC):
     """Print one JSON object with all reports instead of a table, and no progress bar."""
 
     @abstractmethod
-    def open(self) -> dict[str, ImageSet]:
+    def open(self) -> dict[str, Any]:
         """The sets of pictures, by role; called once."""
 
     @abstractmethod
-    def evaluate(self, backbone: Backbone, images: dict[str, ImageSet], setup: Setup) -> EvalReport:
-        """One backbone at one size."""
+    def evaluate(self, backbone: Backbone, images: dict[str, Any], setup: Setup) -> EvalReport | list[EvalReport]:
+        """One backbone at one size: a report, or several."""
 
-    def prepared(self, backbone: Backbone, images: dict[str, ImageSet]) -> Backbone:
+    def policy(self, backbone: Backbone, resolution: Size | tuple[()]) -> ResizePolicy:
+        """To which size pictures are brought, from a value of ``--resolution`` or none."""
+        from amradio.evals.runner import policy_for
+
+        return policy_for(backbone, resolution, None if self.mode == "auto" else self.mode, self.resize_multiple)
+
+    def prepared(self, backbone: Backbone, images: dict[str, Any]) -> Backbone:
         """The backbone that is evaluated, of the one that was loaded; called once for each model."""
         return backbone
 
@@ -155,24 +162,24 @@ class EvalCommand(PictureOptions, ABC):
             return outcome
 
     def _measure(self, group: Group | None, bars: bool) -> Iterator[EvalReport]:
-        from amradio.evals.runner import Setup, policy_for
+        from amradio.evals.runner import Setup
 
         images = self.open()
         device = device_of(self.device) if group is None else group.device
-        mode = None if self.mode == "auto" else self.mode
         total = sum(map(len, images.values()))
         step = 1 if group is None else group.world_size  # the other processes are about as far
         for spec in self.model or ("",):
             backbone = self.prepared(self._load(spec, device, group, bars), images)
-            policies = [policy_for(backbone, size, mode, self.resize_multiple) for size in self.resolution or ((),)]
+            policies = [self.policy(backbone, size) for size in self.resolution or ((),)]
             for policy in policies:
                 setup = Setup(policy, self.extract_options(device), group)
                 with progress_bar(total, f"{spec or 'default model'}, {policy}", enabled=bars) as advance:
                     # A default argument, because `advance` is another function in the next round.
                     on_record = lambda _, advance=advance: advance(step)  # noqa: E731
-                    report = self.evaluate(backbone, images, replace(setup, on_record=on_record))
+                    found = self.evaluate(backbone, images, replace(setup, on_record=on_record))
                 chosen = {"limit": self.limit, "limit_seed": None if self.limit is None else self.seed}
-                yield replace(report, config={**report.config, **chosen})
+                for report in found if isinstance(found, list) else [found]:
+                    yield replace(report, config={**report.config, **chosen})
 
     def _load(self, spec: str, device: Any, group: Group | None, bars: bool) -> Backbone:
         """Load a backbone; under a group the first process of each machine downloads, the others find it there."""

@@ -223,7 +223,8 @@ class Measurement:
 
 def model_record(backbone: Backbone) -> dict[str, Any]:
     """Identity of a backbone: name, adaptor, source, digest, licence, sizes."""
-    identity = dataclasses.asdict(backbone.identity) if isinstance(backbone, HasIdentity) else {}
+    known = backbone.identity if isinstance(backbone, HasIdentity) else None  # None: a model that was never saved
+    identity = {} if known is None else dataclasses.asdict(known)
     adaptor = backbone.name if isinstance(backbone, RadioView) and backbone.name != "backbone" else None
     source = str(identity.get("source") or type(backbone).__name__)
     if not any(identity.get(name) for name in ("sha256", "revision")) and isinstance(backbone, torch.nn.Module):
