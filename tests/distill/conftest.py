@@ -138,6 +138,12 @@ def head():
 
 
 @pytest.fixture
+def environment() -> dict[str, str]:
+    """Of processes that run the package."""
+    return ENVIRONMENT
+
+
+@pytest.fixture
 def amradio_command():
     """Run the command line in processes of its own, under torchrun if there are several."""
 

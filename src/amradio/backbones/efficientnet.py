@@ -12,7 +12,7 @@ from amradio.backbones.adapter import Adapter, Geometry, map_to_tokens
 from amradio.errors import CheckpointKeyError
 from amradio.hub import HubOptions
 from amradio.models.configs import Resolution
-from amradio.models.efficientnet import HEAD_WIDTH, EfficientNetLite
+from amradio.models.efficientnet import HEAD_WIDTH, EfficientNetLite, folded_norms
 from amradio.packages import packaged_file
 from amradio.weights.checkpoint import Identity, KeyReport
 from amradio.weights.pickles import load_pickle
@@ -96,6 +96,17 @@ def load_efficientnet(name: str = NAME, *, hub: HubOptions | None = None, stride
         license="Apache License 2.0",
     )
     return EfficientNetBackbone(network, identity)
+
+
+def folded_trunk() -> dict[str, Tensor]:
+    """The convolutional stages without norms, for `EfficientNetTrunk` built with ``folded=True``.
+
+    Raises:
+        MissingDependencyError: The package with the weights is not installed.
+        CheckpointError: They are damaged.
+    """
+    folded = folded_norms(renamed(packaged_tensors()[0]))
+    return {name: tensor for name, tensor in folded.items() if not name.startswith("head.")}
 
 
 def packaged_tensors() -> tuple[dict[str, Tensor], Path, str]:

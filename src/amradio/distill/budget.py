@@ -40,8 +40,8 @@ class RunCost:
         r = self.record
         teachers = ", ".join(f"{name} {_si(flops)}" for name, flops in r["teachers"].items())
         return (
-            f"{r['steps']:,} steps, {r['images']:,} pictures shown; a step takes {_si(r['student'])} for the student, and "
-            f"for teachers: {teachers}\n"
+            f"{r['steps']:,} steps, {r['images']:,} pictures shown; a step takes {_si(r['student'])} for the student, "
+            f"and for teachers: {teachers}\n"
             f"{_si(r['total'])} in all: {r['a100_hours']:,.3g} hours of an A100 or {r['h100_hours']:,.3g} hours of an "
             f"H100, at {UTILISATION:.0%} of their dense bfloat16 peak\n"
             "(matrix products, convolutions and attention are counted, a backward pass as two forward passes)"

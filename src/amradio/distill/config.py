@@ -192,7 +192,7 @@ class TeacherConfig:
         if self.mosaic < 1:
             raise ConfigError(f"{where} has mosaic={self.mosaic}; 1 means none.")
         if self.mosaic > 1 and self.summary is not None:
-            raise ConfigError(f"{where} sees mosaics of several pictures, so it has no summary of one: set summary: null.")
+            raise ConfigError(f"{where} sees mosaics of several pictures and has no summary of one: set summary: null.")
         if "." in self.name or not self.name:
             raise ConfigError(f"A teacher's name must not be empty or have dots, got {self.name!r}.")
 
@@ -206,7 +206,7 @@ class StudentConfig:
         model_kwargs: Overrides of the architecture in timm's terms.
         max_size: Side in pixels of the position grid: the largest size that positions are learned for.
         registers: Register tokens.
-        model: Instead of an architecture: the fields of a `amradio.models.configs.RadioConfig`. Class tokens, summary
+        model: Instead of an architecture: the fields of a `amradio.models.configs.RadioConfig`. Class tokens, summary,
             and adaptors follow from the teachers where they are not given.
         init: A checkpoint to start from: a path, version key or repository. Without `architecture` and `model` the
             student is what the checkpoint describes. ``efficientnet-lite0`` fills the convolutional stem of that name
@@ -272,8 +272,8 @@ class PartitionConfig:
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1 or self.batch_size < 1 or not self.windows or min(self.windows) < 0:
             raise ConfigError(
-                f"The partition {self.name!r} needs sizes and a batch_size of at least 1 and windows of at least 0, got "
-                f"{list(self.sizes)}, {self.batch_size} and {list(self.windows)}."
+                f"The partition {self.name!r} needs sizes and a batch_size of at least 1 and windows of at least 0, "
+                f"got {list(self.sizes)}, {self.batch_size} and {list(self.windows)}."
             )
 
 
@@ -426,7 +426,8 @@ class DistillConfig:
             for name in partition.teachers or ():
                 if name not in known:
                     raise ConfigError(
-                        f"The partition {partition.name!r} has the unknown teacher {name!r}. {nearest_names(name, known)}"
+                        f"The partition {partition.name!r} has the unknown teacher {name!r}. "
+                        f"{nearest_names(name, known)}"
                     )
         taught = {t.name for p in self.partitions for t in self.teachers_of(p)}
         for name in known:
@@ -534,7 +535,7 @@ def _parsed_yaml(text: str) -> Any:
         """A safe loader of our own, so that no other user of the library is affected."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-    return yaml.load(text, Loader)  # noqa: S506
+    return yaml.load(text, Loader)
 
 
 def _text_of(name_or_path: str) -> str:

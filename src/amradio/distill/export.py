@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +78,7 @@ def start_from_exported(student: Student, objective: Objective, adaptors: Collec
 def balancing_of(objective: Objective, name: str) -> Balancing:
     """A copy on the CPU of how a teacher's features are standardised."""
     part: Any = objective.teachers[name]
-    kind = "none" if part.config.features is None else part.config.features.balancing
-    copy = Balancing(kind, part.balancing.dim)
-    copy.load_state_dict({k: v.cpu() for k, v in part.balancing.state_dict().items()})
-    return copy
+    return copy.deepcopy(cast("Balancing", part.balancing)).cpu()
 
 
 def write_results(

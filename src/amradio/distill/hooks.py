@@ -31,15 +31,17 @@ class Moment:
 
 
 class Hook(Protocol):
-    """Something to do with a student.
+    """Something to do with a student."""
 
-    Attributes:
-        name: For reports.
-        every: Steps between two times.
-    """
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
 
-    name: str
-    every: int
+    @property
+    def every(self) -> int:
+        """Steps between two times."""
+        ...
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Do it; returns numbers for the log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import time
@@ -54,7 +55,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -90,15 +93,20 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         logger.info("TensorBoard is not installed (extra: amradio[train]); numbers go to %s only.", LOG)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _wandb(folder: Path, config: DistillConfig) -> Any:
     try:
-        import wandb
+        wandb: Any = importlib.import_module("wandb")
     except ImportError:
         logger.warning("run.wandb is set, but the package wandb is not installed; numbers go to %s only.", LOG)
         return None
     return wandb.init(
-        project=config.run.wandb, name=config.name, dir=str(folder), config=to_json(config), resume="allow", id=folder.name
+        project=config.run.wandb,
+        name=config.name,
+        dir=str(folder),
+        config=to_json(config),
+        resume="allow",
+        id=folder.name,
     )

@@ -81,7 +81,8 @@ class TeacherObjective(nn.Module):
         metrics: dict[str, Tensor] = {}
         if self.config.summary is not None and targets.summary is not None:
             summary = said.summary.float()  # [B, C]
-            losses["summary"] = summary_loss(self.config.summary.loss, summary, targets.summary, self.dispersion.float())
+            kind = self.config.summary.loss
+            losses["summary"] = summary_loss(kind, summary, targets.summary, self.dispersion.float())
             metrics["summary_cosine"] = F.cosine_similarity(summary.detach(), targets.summary, dim=-1).mean()
         if self.config.features is not None and targets.features is not None:
             ours, theirs = self._matched(said.features.float(), targets.features, shift, grid)  # [B, D, h, w]

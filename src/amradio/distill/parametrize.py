@@ -67,7 +67,8 @@ class SpectralNorm(nn.Module):
     def _norm_of(self, rows: Tensor) -> Tensor:
         # Copies, because the vectors move in place before the backward pass of an accumulated batch reads them.
         u, v = self._u.clone(), self._v.clone()
-        return torch.einsum("pr,prc,pc->p", u, rows, v) + _EPS
+        norm: Tensor = torch.einsum("pr,prc,pc->p", u, rows, v) + _EPS
+        return norm
 
 
 class WeightNoise(nn.Module):

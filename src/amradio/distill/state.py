@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amradio.distill.steps import Machine
@@ -60,7 +59,8 @@ def save_state(root: Path, machine: Machine, step: int, note: Mapping[str, Any])
     Raises:
         CheckpointError: It cannot be written.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     target = state_folder(root, step)
     if (target / NOTE).is_file():  # a run that stops right after a regular save
@@ -74,9 +74,9 @@ def save_state(root: Path, machine: Machine, step: int, note: Mapping[str, Any])
     _wait(machine)
     state = _state_of(machine)
     try:
-        writer = dcp.FileSystemWriter(part, thread_count=_file_count(state))
+        writer = FileSystemWriter(part, thread_count=_file_count(state))
         with _alone_is_fine():
-            dcp.save(state, storage_writer=writer, no_dist=machine.group is None)
+            save(state, storage_writer=writer, no_dist=machine.group is None)
     except OSError as e:
         raise CheckpointError(f"The state after step {step} cannot be written to {part}: {e}.") from e
     if is_main:
@@ -115,8 +115,8 @@ def check_identity(found: Mapping[str, str], wanted: Mapping[str, str], folder: 
     changed = sorted(part for part in {*found, *wanted} if found.get(part) != wanted.get(part))
     if changed:
         raise ConfigError(
-            f"{folder} was saved by another run: {', '.join(changed)} changed since. Going on would mix the two. Undo the "
-            "change, or train into another folder (a student can start from an exported one with student.init)."
+            f"{folder} was saved by another run: {', '.join(changed)} changed since. Going on would mix the two. Undo "
+            "the change, or train into another folder (a student can start from an exported one with student.init)."
         )
 
 
@@ -133,15 +133,15 @@ def load_state(folder: Path, machine: Machine) -> dict[str, Any]:
     Raises:
         CheckpointError: The state is damaged.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     note = read_note(folder)
     state = _state_of(machine)
     try:
         with _alone_is_fine():
-            dcp.load(state, checkpoint_id=folder, no_dist=machine.group is None)
+            load(state, checkpoint_id=folder, no_dist=machine.group is None)
     except (Exception, CheckpointException) as e:  # whatever a damaged file makes torch stumble over
         reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
         raise CheckpointError(f"{folder} cannot be read: {reason[0]}. Delete it to go on from the one before.") from e

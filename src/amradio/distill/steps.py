@@ -113,7 +113,6 @@ def train_step(machine: Machine, step: int, batches: Sequence[Batch]) -> dict[st
     Raises:
         NonFiniteLossError: A loss or the gradient is no number; nothing was changed.
     """
-    config = machine.config
     machine.student.advance()
     machine.optimizer.zero_grad(set_to_none=True)
     numbers: dict[str, Tensor] = {"loss": torch.zeros((), device=machine.device)}
@@ -228,8 +227,8 @@ def _check(
     ids = {name: b.ids for name, b in zip(names, batches, strict=True)}
     what = ", ".join(f"{name} = {value}" for name, value in bad.items())
     raise NonFiniteLossError(
-        f"Step {step}: {what}. The weights are those before this step. Lower optimizer.lr, lengthen the warm-up, or look "
-        f"at the pictures: {'; '.join(f'{n}: {list(i)[:4]} ...' for n, i in ids.items())}",
+        f"Step {step}: {what}. The weights are those before this step. Lower optimizer.lr, lengthen the warm-up, or "
+        f"look at the pictures: {'; '.join(f'{n}: {list(i)[:4]} ...' for n, i in ids.items())}",
         step,
         ids,
         losses,

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,13 @@ from amradio.distill.crops import View, draw_view, epoch_order
 from amradio.errors import DatasetError, ImageError
 from amradio.images import MAX_PIXELS, WHITE, ImageSet, ImageSource
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MAX_BROKEN_RUN = 16  # so many broken pictures in a row are no accident
 _LOOK_AHEAD_STEPS = 2
 _ID_SAMPLE = 64
+_SMALLEST_CROP = 1e-3  # of a side: below that, pictures are decoded in full anyway
 
 
 class Purpose:
@@ -138,7 +142,9 @@ class Planner:
         world_size: Processes.
     """
 
-    def __init__(self, config: DistillConfig, count: int, step_of_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: DistillConfig, count: int, step_of_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.config, self.count, self.patch = config, count, step_of_size
         self.rank, self.world_size = rank, world_size
 
@@ -215,7 +221,9 @@ class Batch:
 class Sizes(Protocol):
     """Says at which sides in pixels the teachers' pictures of a plan are needed."""
 
-    def __call__(self, plan: Plan) -> set[int]: ...
+    def __call__(self, plan: Plan) -> set[int]:
+        """The sides."""
+        ...
 
 
 class Loader:
@@ -269,8 +277,8 @@ class Loader:
 
     def _load(self, view: View, plan: Plan, sizes: Sequence[int]) -> _Loaded:
         # The largest size that any part needs, as if the whole picture were shown; a crop is a part of it.
-        needed = round(max((plan.size, *sizes)) / max(view.smallest_side, 1e-3)) if self.config.decode == "draft" else None
-        at_least = None if needed is None else (needed, needed)
+        needed = round(max((plan.size, *sizes)) / max(view.smallest_side, _SMALLEST_CROP))
+        at_least = (needed, needed) if self.config.decode == "draft" else None
         found = [self._decode(i, at_least) for i in view.indices]
         pictures = [image for image, _, _ in found]
         cell = self.planner.patch / plan.size  # of a student patch, as a share of the side
@@ -284,7 +292,7 @@ class Loader:
             broken=tuple(location for _, _, broken in found for location in broken),
         )
 
-    def _decode(self, index: int, at_least: tuple[int, int] | None) -> tuple[object, str, list[str]]:
+    def _decode(self, index: int, at_least: tuple[int, int] | None) -> tuple[Image, str, list[str]]:
         """Decode a picture, or the next one of the set that can be."""
         broken: list[str] = []
         while True:

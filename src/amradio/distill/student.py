@@ -211,7 +211,8 @@ def _with_adaptors(
     base: RadioConfig, teachers: Sequence[TeacherConfig], widths: Mapping[str, Widths], *, keep: bool
 ) -> RadioConfig:
     """The description with adaptors of the teachers' widths; `keep` keeps those of a checkpoint that fit."""
-    tokens = base.backbone.num_cls_tokens if isinstance(base.backbone, ViTConfig) and base.backbone.pool == "token" else 0
+    b = base.backbone
+    tokens = b.num_cls_tokens if isinstance(b, ViTConfig) and b.pool == "token" else 0
     adaptors = {}
     for i, teacher in enumerate(teachers):
         known = base.adaptors.get(teacher.name)
@@ -221,8 +222,8 @@ def _with_adaptors(
         slot = known.head_idx if known is not None else i if tokens > 1 else 0
         if tokens and slot >= tokens:
             raise ConfigError(
-                f"The student has {tokens} class tokens, one too few for the teacher {teacher.name!r}. Describe it with "
-                "student.model and more num_cls_tokens; student.init then loads what fits."
+                f"The student has {tokens} class tokens, one too few for the teacher {teacher.name!r}. Describe it "
+                "with student.model and more num_cls_tokens; student.init then loads what fits."
             )
         adaptors[teacher.name] = _adaptor(base, teacher, widths[teacher.name], slot)
     records = tuple(
@@ -305,6 +306,11 @@ def build_student(config: DistillConfig, description: RadioConfig) -> tuple[Stud
         _inherit_stem(radio)
     elif settings.init is not None:
         loaded = _load_init(radio, read_init(settings))
+    for teacher in config.teachers:  # heads that nothing trains have no place in the optimiser
+        adaptor = radio.adaptors[teacher.name]
+        assert isinstance(adaptor, Adaptor)
+        adaptor.head_mlp.requires_grad_(teacher.summary is not None)
+        adaptor.feat_mlp.requires_grad_(teacher.features is not None)
     if settings.frozen_stem:
         _stem(radio, "frozen_stem").network.requires_grad_(False)
     if settings.mean is not None and settings.std is not None:
@@ -379,8 +385,8 @@ def _load_init(radio: RadioModel, checkpoint: Checkpoint) -> frozenset[str]:
     if wrong:
         raise ConfigError(
             f"{checkpoint.identity.source} does not fit the student: {'; '.join(wrong[:5])}"
-            f"{f', and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. Describe the student as the checkpoint is, or "
-            "leave its description out."
+            f"{f', and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. Describe the student as the checkpoint is, "
+            "or leave its description out."
         )
     new = [n for n in state if n not in taken and n != "summary_idxs" and not n.startswith("adaptors.")]
     if new:

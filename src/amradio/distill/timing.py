@@ -25,7 +25,7 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._events: list[tuple[TrainStage, torch.cuda.Event, torch.cuda.Event]] = []
         self._since = time.perf_counter()
 
@@ -34,9 +34,9 @@ class StepClock:
         """Time a stage. Waiting for data is timed on the CPU, work on the device."""
         if self._cuda and name != "data":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()  # type: ignore[no-untyped-call]
+            start.record()
             yield
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             self._events.append((name, start, end))
             return
         begin = time.perf_counter()
@@ -46,11 +46,11 @@ class StepClock:
     def read(self) -> dict[str, float]:
         """Seconds by stage since the last reading, and begin anew. ``other`` is what no stage accounts for."""
         for name, start, end in self._events:
-            end.synchronize()  # type: ignore[no-untyped-call]
-            self._seconds[name] += start.elapsed_time(end) / 1000  # type: ignore[no-untyped-call]
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
         now = time.perf_counter()
         accounted = sum(self._seconds.values())
-        found = self._seconds | {"other": max(now - self._since - accounted, 0.0)}
+        found = {**self._seconds, "other": max(now - self._since - accounted, 0.0)}
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._events, self._since = [], now
-        return dict(found)
+        return found
