@@ -119,6 +119,26 @@ def test_killed_and_resumed_is_the_same_to_the_bit(config, tmp_path, changes):
     assert [[e[k] for k in keys] for e in logs[0]] == [[e[k] for k in keys] for e in logs[1]]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teachers__0__summary": None, "teachers__1__features": None},
+        {"student": {"model": {"backbone": {
+            "kind": "eradio", "dim": 8, "in_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+            "window_size": [None, None, 4, 4], "sr_ratio": [1, 1, 1, 1], "full_features_head_dim": 16,
+            "cpb_mlp_hidden": 8, "final_norm": True,
+        }}}, "partitions__0__sizes": [32]},
+    ],
+    ids=["heads that nothing trains", "a norm that nothing reads"],
+)  # fmt: skip
+def test_what_nothing_trains_is_no_obstacle(config, tmp_path, changes):
+    c = config(**changes)
+    run(c, tmp_path / "whole")
+    run(c, tmp_path / "slices", max_minutes=0)
+    run(c, tmp_path / "slices")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "slices"))
+
+
 def test_slices_of_time(config, tmp_path):
     c = config()
     run(c, tmp_path / "whole")
@@ -136,7 +156,7 @@ def test_slices_of_time(config, tmp_path):
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment(settings, amradio_command, environment, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(run__checkpoint_steps=1, schedule__steps=40)))
+    path.write_text(yaml.safe_dump(settings(run__checkpoint_steps=1, schedule__steps=15)))
     words = ("distill", path, "--device", "cpu", "--threads", "1")
     amradio_command(*words, "-o", tmp_path / "whole")
     command = [sys.executable, "-m", "amradio", *map(str, words), "-o", str(tmp_path / "killed")]
@@ -237,6 +257,20 @@ def test_hooks_see_the_exported_student(config, tmp_path):
     assert seen == [(4, False, ["one", "two"]), (6, False, ["one", "two"])]
     assert [e["look/number"] for e in read_log(tmp_path) if "look/number" in e] == [4, 6]
     assert "| look/number | 6.0000 |" in (tmp_path / "README.md").read_text()
+    run(config(), tmp_path)  # what was measured is known to a later process
+    assert "| look/number | 6.0000 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_hook_that_fails_loses_no_step(config, tmp_path):
+    def fail(moment):
+        raise StopError
+
+    run(config(), tmp_path / "whole")
+    with pytest.raises(StopError):
+        run(config(), tmp_path / "failed", hooks=[FunctionHook("fail", 3, fail)])
+    assert find_states(tmp_path / "failed" / STATES)[-1].name == "step-00000003"
+    run(config(), tmp_path / "failed")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "failed"))
 
 
 def test_batches_that_cannot_be_shared(config, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,10 +56,14 @@ class _ZeroShotOptions(_Options):
     """Options of zero-shot classification, by an adaptor with a text side.
 
     Attributes:
-        text: A backbone with the text side, of `amradio.load_backbone`; None: the adaptor's own.
+        adaptor: As above; needed.
+        templates: Prompts, see `amradio.evals.zero_shot`.
+        class_names: Names of the classes, likewise.
     """
 
-    text: str | None = None
+    adaptor: str = field()
+    templates: str = "openai"
+    class_names: str = "auto"
 
 
 def make_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
@@ -127,18 +131,21 @@ def _knn(moment: Moment, options: _KnnOptions) -> Mapping[str, float]:
 
 def _zero_shot(moment: Moment, options: _ZeroShotOptions) -> Mapping[str, float]:
     from amradio.evals.zero_shot import ZeroShotConfig, run_zero_shot
+    from amradio.text.towers import has_text_side
 
-    if options.adaptor is None:
-        raise ConfigError("The hook 'zero-shot' needs the option adaptor: one with a text side.")
-    if options.text is not None:
-        from amradio.backbones.dispatch import load_backbone
-
-        text: Any = load_backbone(options.text)
-        adaptor: Any = moment.model.adaptors[options.adaptor]
-        adaptor.attach_text(lambda device: text.text.to(device) or text.text)
+    record = next(t for t in moment.model.config.teachers if t["name"] == options.adaptor)
+    adaptor: Any = moment.model.adaptors[options.adaptor]
+    adaptor.attach_text(partial(_text_tower, record) if has_text_side(record) else None)
     backbone, setup = _setup(moment, options)
     images = _images(options.eval, options.eval_split, options.limit)
-    return _values(run_zero_shot(backbone, images, ZeroShotConfig(), setup), ("top1",))
+    config = ZeroShotConfig(templates=options.templates, class_names=options.class_names)
+    return _values(run_zero_shot(backbone, images, config, setup), ("top1",))
+
+
+def _text_tower(record: Mapping[str, Any], device: Any) -> Any:
+    from amradio.text.towers import load_text_tower
+
+    return load_text_tower(record, device=device)
 
 
 def _pca(moment: Moment, options: _Options) -> Mapping[str, float]:

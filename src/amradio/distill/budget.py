@@ -59,6 +59,8 @@ def run_cost(config: DistillConfig) -> RunCost:
         cost nothing again, which is not counted.
     """
     loaded = {t.name: Teacher(t, torch.device("cpu")) for t in config.teachers if t.shape is None}
+    for teacher in loaded.values():
+        teacher.backbone.to("meta")  # where attention is counted whatever kernel this machine would use
     widths = {t.name: _widths(t, loaded) for t in config.teachers}
     description = radio_config(config, widths)
     parts = [_partition(config, p, description, loaded) for p in config.partitions]

@@ -211,8 +211,8 @@ class StudentConfig:
         init: A checkpoint to start from: a path, version key or repository. Without `architecture` and `model` the
             student is what the checkpoint describes. ``efficientnet-lite0`` fills the convolutional stem of that name
             (`amradio.models.stem`) with a teacher's weights.
-        frozen_stem: Keep the weights of a convolutional stem as they are, which makes a step two to three times cheaper;
-            what follows the convolutions is trained.
+        frozen_stem: Keep the weights of a convolutional stem as they are, which makes a step two to three times
+            cheaper; what follows the convolutions is trained.
         mean: Of each channel, that pictures are standardised with; None: CLIP's, or the checkpoint's.
         std: Likewise.
         spectral: Spectral reparametrisation of all linear layers of the blocks (arXiv 2303.06296).

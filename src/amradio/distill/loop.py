@@ -25,7 +25,15 @@ from amradio.distill.logging import RunLog
 from amradio.distill.objective import Objective
 from amradio.distill.optim import Lamb, parameter_groups
 from amradio.distill.parallel import check_sizes, distributed
-from amradio.distill.state import check_identity, find_states, load_state, read_note, save_state, whole
+from amradio.distill.state import (
+    add_to_note,
+    check_identity,
+    find_states,
+    load_state,
+    read_note,
+    save_state,
+    whole,
+)
 from amradio.distill.steps import Machine, NonFiniteLossError, train_step
 from amradio.distill.stream import Loader, Pictures, Planner, open_pictures
 from amradio.distill.student import Widths, build_student, radio_config
@@ -203,11 +211,13 @@ class _Run:
                 if self.step % self.config.run.log_steps == 0 or last or stop:
                     self._report(log, {k: v / (self.step - counted) for k, v in sums.items()}, now - since, counted)
                     since, counted, sums = time.monotonic(), self.step, {}
-                self._run_hooks(log, last=last)
+                hooks = [h for h in self.hooks if due(h, self.step - 1, self.step, last)]
                 every = self.config.run.checkpoint_steps
-                if last or wish or (every is not None and self.step % every == 0):
-                    self._save()
+                if last or wish or hooks or (every is not None and self.step % every == 0):
+                    self._save()  # before hooks, so that nothing is lost if one of them fails
                     saved = time.monotonic()
+                if hooks:
+                    self._run_hooks(log, hooks)
                 if stop:
                     reason = stop
                     break
@@ -265,9 +275,7 @@ class _Run:
                 model = write_results(
                     self.folder, self.config, finished, self.teachers, len(self.pictures), self.results, self.seconds
                 )
-        return Outcome(
-            step=self.step, total=total, state=self.state, model=model, reason=reason, seconds=self.seconds
-        )
+        return Outcome(step=self.step, total=total, state=self.state, model=model, reason=reason, seconds=self.seconds)
 
     # ---- now and then ----
 
@@ -290,10 +298,7 @@ class _Run:
                 )
             )
 
-    def _run_hooks(self, log: RunLog | None, *, last: bool) -> None:
-        wanted = [h for h in self.hooks if due(h, self.step - 1, self.step, last)]
-        if not wanted:
-            return
+    def _run_hooks(self, log: RunLog | None, wanted: Sequence[Hook]) -> None:
         model = self._finished()
         if log is not None:
             for hook in wanted:
@@ -301,7 +306,10 @@ class _Run:
                 found = {f"{hook.name}/{k}": v for k, v in hook(moment).items()}
                 self.results |= found
                 log.write(self.step, found)
-                self.say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}")
+                if found:
+                    self.say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}")
+            assert self.state is not None  # hooks come after a saved state
+            add_to_note(self.state, {"results": self.results})
         if self.group is not None:
             self.group.barrier()
 

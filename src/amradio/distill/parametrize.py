@@ -54,7 +54,7 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight [rows, columns]."""
-        rows = weight.unflatten(0, (self._u.shape[0], -1))  # [parts, rows / parts, columns]
+        rows: Tensor = weight.unflatten(0, (self._u.shape[0], -1))  # [parts, rows / parts, columns]
         if self.training and self._due:
             self._due = False
             with torch.no_grad():

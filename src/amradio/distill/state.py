@@ -23,6 +23,7 @@ from torch import Tensor
 
 from amradio.distill.steps import Machine
 from amradio.errors import CheckpointError, ConfigError
+from amradio.weights.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,18 @@ def read_note(folder: Path) -> dict[str, Any]:
         return dict(note)
     except (OSError, ValueError, TypeError) as e:
         raise CheckpointError(f"{folder} is no usable state: {e}. Delete it to go on from the one before.") from e
+
+
+def add_to_note(folder: Path, more: Mapping[str, Any]) -> None:
+    """Note something about a state after it was saved.
+
+    Args:
+        folder: Of the state.
+        more: What, as JSON can hold it.
+    """
+    note = read_note(folder) | dict(more)
+    with atomic_file(folder / NOTE) as part:
+        part.write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 
 def check_identity(found: Mapping[str, str], wanted: Mapping[str, str], folder: Path) -> None:

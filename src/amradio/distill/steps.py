@@ -125,6 +125,7 @@ def train_step(machine: Machine, step: int, batches: Sequence[Batch]) -> dict[st
     with machine.clock.stage("optimizer"):
         found = reduced(numbers, machine.group)
         _check(machine, step, batches, found, {k: v for k, v in found.items() if not math.isfinite(v)})
+        _complete_gradients(machine.student)
         norm = _clip(machine)
         _check(machine, step, batches, found, {} if math.isfinite(norm) else {"gradient_norm": norm})
         lr = _set_learning_rate(machine, step)
@@ -187,6 +188,16 @@ def _autocast(machine: Machine) -> Any:
     if machine.config.run.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(machine.device.type, torch.bfloat16)
+
+
+def _complete_gradients(student: Student) -> None:
+    """Give a gradient of zero to what no loss depends on, so that the optimiser has a state for all that it was given.
+
+    A saved state could not be told from a damaged one otherwise.
+    """
+    for parameter in student.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _clip(machine: Machine) -> float:

@@ -394,9 +394,7 @@ def _load_init(radio: RadioModel, checkpoint: Checkpoint) -> frozenset[str]:
             "%d tensors of the trunk are not in %s and start anew: %s", len(new), checkpoint.identity.source, new[:5]
         )
     whole = {
-        adaptor
-        for adaptor in radio.adaptors
-        if all(n in taken for n in state if n.startswith(f"adaptors.{adaptor}."))
+        adaptor for adaptor in radio.adaptors if all(n in taken for n in state if n.startswith(f"adaptors.{adaptor}."))
     }
     for name in [n for n in taken if n.startswith("adaptors.") and n.split(".")[1] not in whole]:
         del taken[name]  # a half-filled head is no better than a new one
