@@ -6,9 +6,9 @@ r"""Time in-context segmentation beside open-hummingbird-eval 2.0.0, with the sa
 
 The data set is one in the layout of Pascal VOC, of which the first pictures are taken. The published function runs as
 it is; its ScaNN index is replaced by an exact one, because ScaNN does not give the same neighbours twice. Both sides
-run the same network; the time inside it is counted apart and is the floor that nobody can leave out. Times are processor
-time, on one thread, so that other work on the machine does not count. Each contender
-runs in a process of its own, so that its peak of memory (beyond what it held when everything was loaded) is its own.
+run the same network; the time inside it is counted apart and is the floor that nobody can leave out. Times are
+processor time, so that other work on the machine does not count. Each contender runs in a process of its own, so that
+its peak of memory (beyond what it held when everything was loaded) is its own.
 Both must give the same mIoU, under the protocol that repeats what is wrong in the published code.
 """
 
@@ -238,16 +238,16 @@ def markdown(report: dict[str, Any]) -> str:
         "# In-context segmentation",
         "",
         f"- Machine: {report['machine']}",
-        f"- {a['train']} + {a['val']} pictures of {a['size']} px, {a['model']}, memory of {a['memory'] or 'all'} patches, "
-        f"batch {a['batch']}, {a['threads']} thread(s), protocol hbird-2.0, exact search",
+        f"- {a['train']} + {a['val']} pictures of {a['size']} px, {a['model']}, memory of {a['memory'] or 'all'} "
+        f"patches, batch {a['batch']}, {a['threads']} thread(s), protocol hbird-2.0, exact search",
         "",
         "| contender | round | CPU s | of which forward | search | the rest | extra peak, MiB | mIoU % |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for i, r in enumerate(runs):
         lines.append(
-            f"| {r.contender} | {i // len(CONTENDERS) + 1} | {r.seconds:.1f} | {r.forward_s:.1f} | {r.search_s:.1f} | {r.rest_s:.1f} "
-            f"| {r.peak_mib:,.0f} | {r.miou:.6f} |"
+            f"| {r.contender} | {i // len(CONTENDERS) + 1} | {r.seconds:.1f} | {r.forward_s:.1f} | {r.search_s:.1f} "
+            f"| {r.rest_s:.1f} | {r.peak_mib:,.0f} | {r.miou:.6f} |"
         )
     pairs = list(zip(runs[:: len(CONTENDERS)], runs[1 :: len(CONTENDERS)], strict=True))
     ratios = {
