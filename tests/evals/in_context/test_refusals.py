@@ -42,6 +42,16 @@ def test_the_cap_holds_under_other_protocols(backbone: Any, sets: Any, replaced:
     assert report.config["memory_rows"] == 168
 
 
+def test_pictures_with_fewer_patches_than_asked_for(backbone: Any, make_set: Any, masks: Any, replaced: Any) -> None:
+    train = make_set("train", [masks(1, i, size)[0] for i, size in enumerate([(20, 28), (20, 60)])])
+    val = make_set("val", masks(2, 9), 1)
+    setup = Setup(in_context_policy(backbone, (16,), "shortest"), ExtractOptions())
+    config = replaced(PLAIN, memory_sizes=(60,))
+    with pytest.warns(UserWarning, match="would take 30 of each picture, and 1 of 2 pictures have fewer"):
+        (report,) = run_in_context(backbone, train, val, config, setup)
+    assert report.config["memory_rows"] < 60
+
+
 @pytest.mark.parametrize("name", ["clean", "hbird-2.0", "fungi-paper"])
 def test_a_memory_smaller_than_the_number_of_pictures(backbone: Any, sets: Any, replaced: Any, name: str) -> None:
     config = replaced(PLAIN, protocol=get_protocol(name), memory_sizes=(6,), k=3)

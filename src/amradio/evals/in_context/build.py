@@ -234,6 +234,34 @@ def check_capacity(config: InContextConfig, pictures: int, patches: int | None) 
     return notes
 
 
+def check_filled(config: InContextConfig, bank: MemoryBank, pictures: int, patch_size: int) -> list[str]:
+    """Say which memories could not take as many patches of each picture as they should, where pictures differ in size.
+
+    Args:
+        config: The options.
+        bank: The largest memory.
+        pictures: In the train set.
+        patch_size: Pixels between two features.
+
+    Returns:
+        Notes for the report; each is warned of as well.
+    """
+    grids = bank.pictures[:, 2:4] // patch_size
+    patches = grids[:, 0] * grids[:, 1]  # [I]
+    notes = []
+    for size in config.memory_sizes:
+        share = 0 if size is None else patches_per_picture(size, pictures, None, config.augmentation_epochs)
+        short = int((patches < share).sum())
+        if short:
+            notes.append(
+                f"A memory of {size:,} patches would take {share} of each picture, and {short} of {len(patches)} "
+                "pictures have fewer. It holds all of these."
+            )
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return notes
+
+
 def check_k(k: int, rows: int) -> None:
     """Refuse more neighbours than there are.
 

@@ -22,6 +22,7 @@ from amradio.evals.in_context.build import (
     MemoryBuilder,
     PassResult,
     check_capacity,
+    check_filled,
     check_k,
     gathered,
     require_rows,
@@ -39,6 +40,7 @@ from amradio.evals.report import EvalReport
 from amradio.evals.runner import Measurement, Setup, model_record, policy_for
 from amradio.evals.streaming import own_part
 from amradio.features.collect import Failure
+from amradio.features.partition import check_same_set
 from amradio.features.runner import FeatureRecord
 from amradio.images.resize import ResizePolicy
 
@@ -169,6 +171,8 @@ class _Run:
         self.setup = setup
         self.similarity = getattr(backbone, "similarity", None)
         _check_options(config, setup, backbone, self.similarity)
+        for images in (train, val):
+            check_same_set(images.images, setup.group)
         self.measurement = Measurement(backbone, setup)
         self.patches = self._patches()
         self.measurement.notes += check_capacity(config, len(train), self.patches)
@@ -217,6 +221,8 @@ class _Run:
         self._finish("train", self.train, result, time.perf_counter() - start, self.config.augmentation_epochs)
         bank = dataclasses.replace(gathered(part, group), about=about)
         require_rows(bank, self.train)
+        if self.patches is None:
+            self.measurement.notes += check_filled(self.config, bank, len(self.train), self.backbone.patch_size)
         return bank
 
     def sized(self, bank: MemoryBank) -> list[Memory]:
