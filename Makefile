@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
-#   make demo     features of a few photos, with a small random model, into demo-output/
+#   make demo     what the small model in the package sees, as one page: demo-output/report.html
 #   make test     all tests with coverage
 #   make lint     ruff (rules and format) and types
 #   make types    mypy, strict
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(PY) examples/demo.py $(DEMO_ARGS)
+	$(PY) -m amradio demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest -n $(JOBS) --cov --cov-report=term $(TEST_ARGS)

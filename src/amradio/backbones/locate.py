@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from amradio.errors import UnknownModelError
@@ -34,6 +35,15 @@ class Located:
     revision: str | None = None
 
 
+PACKAGED = {"amradio-tiny": "amradio-tiny.safetensors"}
+"""Models whose weights come with this package, and their files."""
+
+
+def packaged_model(name: str) -> Path:
+    """The file of a model that comes with this package."""
+    return Path(str(resources.files("amradio.weights") / "data" / PACKAGED[name]))
+
+
 def find_entry(name: str) -> CatalogEntry | None:
     """The published model of a name, unless the name is a local path, a URL or a foreign repository.
 
@@ -46,7 +56,7 @@ def find_entry(name: str) -> CatalogEntry | None:
     Raises:
         UnknownModelError: The name can be nothing else and is not published.
     """
-    if name and (_is_local(name) or _URL.match(name)):
+    if name in PACKAGED or (name and (_is_local(name) or _URL.match(name))):
         return None
     if is_catalog_name(name) or not _HUB_ID.match(name):
         return resolve(name)
@@ -72,6 +82,8 @@ def locate(name: str, *, with_adaptors: bool = False, hub: HubOptions | None = N
         DownloadError: It cannot be fetched.
     """
     hub = hub or HubOptions()
+    if name in PACKAGED:
+        return Located(path=packaged_model(name), source=name)
     if name and _is_local(name):
         path = Path(os.path.expanduser(name))
         if not os.path.exists(path):

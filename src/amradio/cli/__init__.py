@@ -17,6 +17,7 @@ from amradio.cli.arguments import normalise
 from amradio.cli.compare import Compare
 from amradio.cli.convert import Convert
 from amradio.cli.data import Data
+from amradio.cli.demo import Demo
 from amradio.cli.distill import Distill
 from amradio.cli.doctor import Doctor
 from amradio.cli.embed import Embed
@@ -28,6 +29,7 @@ from amradio.cli.reproduce import Reproduce
 from amradio.errors import AmradioError
 
 COMMANDS: dict[str, type[Any]] = {
+    "demo": Demo,
     "models": Models,
     "info": Info,
     "features": Features,

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _SHOWN_FAILURES = 10
 
 
+DEFAULT_MODEL = "amradio-tiny"
+"""What commands run where no model is named: it comes with the package, so that they work offline."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """How a backbone is loaded. A base class of commands: each field is an option."""

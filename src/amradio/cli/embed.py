@@ -12,6 +12,7 @@ import tyro
 
 from amradio.cli.arguments import Size
 from amradio.cli.common import (
+    DEFAULT_MODEL,
     PictureOptions,
     check_counts,
     check_share,
@@ -45,8 +46,8 @@ class Embed(PictureOptions):
     """Folder to write to."""
     split: str | None = None
     """Part of the set; needed where there are several."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = ""
-    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; empty for the default RADIO version."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = DEFAULT_MODEL
+    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; amradio-tiny comes with the package."""
     adaptors: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-a"])] = ()
     """Adaptor to run besides the backbone. Repeat the option, or separate names by commas."""
     resolution: Size = ()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from amradio.cli.arguments import Size
-from amradio.cli.common import PictureOptions, check_counts, check_share, device_of, progress_bar
+from amradio.cli.common import DEFAULT_MODEL, PictureOptions, check_counts, check_share, device_of, progress_bar
 from amradio.cli.text import table
 from amradio.errors import AmradioError, OptionError
 
@@ -52,7 +52,7 @@ class EvalCommand(PictureOptions, ABC):
     """Base class of the evaluations. A subclass opens its data once and evaluates one backbone at one size."""
 
     model: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-m"])] = ()
-    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; default the default RADIO version."""
+    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; default the package's amradio-tiny."""
     adaptor: Annotated[str | None, tyro.conf.arg(aliases=["--adaptor-name", "-a"])] = None
     """Evaluate this adaptor's output instead of the backbone's own."""
     resolution: tyro.conf.UseAppendAction[tuple[Size, ...]] = ()
@@ -168,12 +168,12 @@ class EvalCommand(PictureOptions, ABC):
         device = device_of(self.device) if group is None else group.device
         total = sum(map(len, images.values()))
         step = 1 if group is None else group.world_size  # the other processes are about as far
-        for spec in self.model or ("",):
+        for spec in self.model or (DEFAULT_MODEL,):
             backbone = self.prepared(self._load(spec, device, group, bars), images)
             policies = [self.policy(backbone, size) for size in self.resolution or ((),)]
             for policy in policies:
                 setup = Setup(policy, self.extract_options(device), group)
-                with progress_bar(total, f"{spec or 'default model'}, {policy}", enabled=bars) as advance:
+                with progress_bar(total, f"{spec}, {policy}", enabled=bars) as advance:
                     # A default argument, because `advance` is another function in the next round.
                     on_record = lambda _, advance=advance: advance(step)  # noqa: E731
                     found = self.evaluate(backbone, images, replace(setup, on_record=on_record))

@@ -11,6 +11,7 @@ import tyro
 
 from amradio.cli.arguments import Size
 from amradio.cli.common import (
+    DEFAULT_MODEL,
     PictureOptions,
     device_of,
     dtype_of,
@@ -40,8 +41,8 @@ class Features(PictureOptions):
     """Files, folders (searched recursively) and glob patterns."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write to."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = ""
-    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; empty for the default RADIO version."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = DEFAULT_MODEL
+    """Backbone: version key, repository, path, timm:NAME, hf:REPO, ...; amradio-tiny comes with the package."""
     adaptors: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-a"])] = ()
     """Adaptor to run besides the backbone. Repeat the option, or separate names by commas."""
     resolution: Size = ()
