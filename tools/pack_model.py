@@ -33,7 +33,7 @@ def main() -> None:
         tensors=tensors,
         unused={},
         config=dataclasses.replace(checkpoint.config, version=args.name, dtype="float32"),
-        identity=dataclasses.replace(checkpoint.identity, version=args.name, license=args.licence),
+        identity=dataclasses.replace(checkpoint.identity, source=args.name, version=args.name, license=args.licence),
     )
     args.target.parent.mkdir(parents=True, exist_ok=True)
     save(packed, args.target)
