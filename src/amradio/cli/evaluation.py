@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from amradio.cli.arguments import Size
-from amradio.cli.common import DEFAULT_MODEL, PictureOptions, check_counts, check_share, device_of, progress_bar
+from amradio.cli.common import (
+    DEFAULT_MODEL,
+    PictureOptions,
+    check_counts,
+    check_share,
+    device_of,
+    first_on_machine,
+    progress_bar,
+)
 from amradio.cli.text import table
 from amradio.errors import AmradioError, OptionError
 
@@ -183,12 +191,8 @@ class EvalCommand(PictureOptions, ABC):
 
     def _load(self, spec: str, device: Any, group: Group | None, bars: bool) -> Backbone:
         """Load a backbone; under a group the first process of each machine downloads, the others find it there."""
-        if group is not None and group.local_rank != 0:
-            group.barrier()
-        backbone = self.load_backbone(spec, self.adaptor, device, progress=bars)
-        if group is not None and group.local_rank == 0:
-            group.barrier()
-        return backbone
+        with first_on_machine(group):
+            return self.load_backbone(spec, self.adaptor, device, progress=bars)
 
     def _keep(self, report: EvalReport) -> None:
         """Write a report as soon as it is there, so that a later failure does not lose it."""

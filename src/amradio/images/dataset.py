@@ -100,11 +100,7 @@ class ImageSet:
         Contents are told by sizes and times of change, not read. The place of the files does not count.
         """
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for part in self._fingerprint_parts():
-                digest.update(len(part).to_bytes(8, "little"))  # so that parts cannot run into each other
-                digest.update(part)
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = digest_of(self._fingerprint_parts())
         return self._fingerprint
 
     def select(self, indices: Iterable[int]) -> ImageSet:
@@ -254,6 +250,15 @@ def positions(indices: Iterable[int], count: int, name: str) -> np.ndarray:
     if outside.size:
         raise OptionError(f"Index {outside[0]} is outside the {count:,} pictures of {name}.")
     return np.where(chosen < 0, chosen + count, chosen)
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """SHA-256, in hexadecimal, of several parts that cannot run into each other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amradio.errors import DatasetError, OptionError
-from amradio.images.dataset import ImageSet, permutation, positions
+from amradio.images.dataset import ImageSet, digest_of, permutation, positions
 from amradio.images.decode import MAX_PIXELS, WHITE, upright_size
 from amradio.images.names import Digests, folded, natural_key, portable, with_digest
 from amradio.images.segmentation.masks import VOID, MaskGroup, MaskSource
@@ -185,11 +184,7 @@ class SegmentationSet:
         Contents are told by sizes and times of change, not read. The place of the files does not count.
         """
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for part in self._fingerprint_parts():
-                digest.update(len(part).to_bytes(8, "little"))  # so that parts cannot run into each other
-                digest.update(part)
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = digest_of(self._fingerprint_parts())
         return self._fingerprint
 
     def select(self, indices: Iterable[int]) -> SegmentationSet:
