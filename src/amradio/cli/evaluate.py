@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from amradio.cli.evaluate_in_context import InContext
+from amradio.cli.evaluate_linear_seg import LinearSeg
 from amradio.cli.evaluate_position import Position
 from amradio.cli.evaluate_text import Retrieval, ZeroShot
 from amradio.cli.evaluation import EvalCommand
@@ -151,6 +152,7 @@ class Evaluate:
         | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
         | Annotated[Position, tyro.conf.subcommand("position")]
         | Annotated[InContext, tyro.conf.subcommand("in-context")]
+        | Annotated[LinearSeg, tyro.conf.subcommand("linear-seg")]
     )
 
     @property

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from amradio.cli.arguments import Size
-from amradio.cli.evaluation import EvalCommand
 from amradio.cli.fungi import DenseFungiOptions
+from amradio.cli.segmentation import SegmentationOptions
 from amradio.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,42 +22,16 @@ if TYPE_CHECKING:
     from amradio.evals.report import EvalReport
     from amradio.evals.runner import Setup
     from amradio.images.resize import ResizePolicy
-    from amradio.images.segmentation import SegmentationSet
-
-_TRAIN_SPLITS = ("trainaug", "train", "training", "train2017")
-_VAL_SPLITS = ("val", "validation", "val2017", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InContext(DenseFungiOptions, EvalCommand):
+class InContext(DenseFungiOptions, SegmentationOptions):
     """In-context segmentation: patches are looked up among patches of labelled pictures, which vote for a class.
 
     Nothing is trained. Pictures with masks are a folder or a tar archive in the layout of Pascal VOC, ADE20K,
     Cityscapes or COCO, or of images, masks and a list of classes; `amradio data check` says what is there.
     """
 
-    data: Path | None = None
-    """Pictures with masks, in parts: the training part makes the memory, the validation part is segmented."""
-    train: Path | None = None
-    """Pictures for the memory, instead of --data."""
-    val: Path | None = None
-    """Pictures to segment, instead of --data."""
-    train_split: str | None = None
-    """Part that makes the memory; default trainaug or train, where there are several."""
-    val_split: str | None = None
-    """Part that is segmented; default val, where there are several."""
-    layout: Literal["auto", "voc", "ade20k", "cityscapes", "coco-thing", "coco-stuff", "coco-instances", "folder"] = (
-        "auto"
-    )
-    """How the data lie there; auto finds out."""
-    classes: Path | None = None
-    """File that names the classes, one a line, in place of the data set's own."""
-    train_list: Path | None = None
-    """Make the memory of the pictures that this file names, one a line."""
-    val_list: Path | None = None
-    """Segment the pictures that this file names, one a line."""
-    num_train_samples: str | None = None
-    """Data-efficient: draw so many pictures for the memory, or a share such as 1/8, 1/64 or 1/128, by --seed."""
     protocol: Literal["clean", "hbird-2.0", "fungi-paper"] = "clean"
     """clean: right. Others: as published code does it, with what is wrong in it, so that numbers can be compared."""
     resolution: tyro.conf.UseAppendAction[tuple[Size, ...]] = ()
@@ -106,21 +80,11 @@ class InContext(DenseFungiOptions, EvalCommand):
     """Draw contact sheets of so many pictures: picture, truth, prediction, and the neighbours of some patches."""
     pictures_out: Path = Path("in-context-pictures")
     """Folder for these."""
-    label_column: tyro.conf.Suppress[str | None] = None
-    image_column: tyro.conf.Suppress[str | None] = None
 
-    def open(self) -> dict[str, SegmentationSet]:
-        """The pictures of the memory, and those to segment."""
-        if (self.data is None) == (self.train is None) or (self.train is None) != (self.val is None):
-            raise OptionError("Name one data set with several parts (--data DIR), or two (--train DIR --val DIR).")
-        self._check()
-        train = self._open(self.data or self.train, self.train_split, _TRAIN_SPLITS, self.train_list)
-        val = self._open(self.data or self.val, self.val_split, _VAL_SPLITS, self.val_list)
-        if self.num_train_samples is not None:
-            train = train.subset(self.num_train_samples, self.seed)
-        if self.limit is not None:
-            train, val = (images.shuffled(self.seed).head(self.limit) for images in (train, val))
-        return {"train": train, "eval": val}
+    @property
+    def variant(self) -> Literal["clean", "hbird"]:
+        """The other protocols read masks as published code does."""
+        return "clean" if self.protocol == "clean" else "hbird"
 
     def policy(self, backbone: Backbone, resolution: Size | tuple[()]) -> ResizePolicy:
         """Pictures are stretched, so that all of each is scored."""
@@ -178,7 +142,7 @@ class InContext(DenseFungiOptions, EvalCommand):
             stream_batch=self.stream_batch,
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuse options that do not fit together before anything is read."""
         self._config()
         several = len(self.model) > 1 or len(self.resolution) > 1
@@ -191,25 +155,6 @@ class InContext(DenseFungiOptions, EvalCommand):
             raise OptionError("--fungi takes gradients of the whole backbone, so it cannot be combined with --layer.")
         if self.pictures < 0:
             raise OptionError(f"--pictures must be at least 0, got {self.pictures}.")
-
-    def _open(
-        self, path: Path | None, split: str | None, usual: Sequence[str], list_file: Path | None
-    ) -> SegmentationSet:
-        from amradio.images.segmentation import open_segmentation, segmentation_splits
-
-        assert path is not None
-        layout = None if self.layout == "auto" else self.layout
-        if split is None:
-            known = segmentation_splits(path, layout)
-            split = next((name for name in usual if name in known), None)
-        return open_segmentation(
-            path,
-            split,
-            layout=layout,
-            classes=self.classes,
-            list_file=list_file,
-            variant="clean" if self.protocol == "clean" else "hbird",
-        )
 
     def _draw(self, sheet: Sheet) -> None:
         from amradio.viz.contact_sheet import contact_sheet
