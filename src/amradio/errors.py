@@ -8,7 +8,7 @@ existing ``except ValueError`` code keeps working.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class AmradioError(Exception):
@@ -87,6 +87,20 @@ class ImageError(AmradioError, ValueError):
 
 class DatasetError(AmradioError, ValueError):
     """A set of pictures cannot be found, read or understood."""
+
+
+class NonFiniteLossError(AmradioError, FloatingPointError):
+    """The loss of a training step, or its gradient, is no number. The weights were not changed by the step.
+
+    Attributes:
+        step: From 0.
+        ids: Of the pictures of this process, by partition.
+        losses: Over all processes.
+    """
+
+    def __init__(self, message: str, step: int, ids: Mapping[str, Sequence[str]], losses: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.step, self.ids, self.losses = step, dict(ids), dict(losses)
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:

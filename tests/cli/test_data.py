@@ -13,6 +13,7 @@ from PIL import Image
 
 from amradio.cli import main
 from amradio.cli.data import _LAYOUTS
+from amradio.images import open_images
 from amradio.images.segmentation import open_segmentation
 from amradio.images.segmentation.recognise import LAYOUTS
 
@@ -105,3 +106,22 @@ def test_a_subset_can_be_used_as_a_list(data: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["names"] == list(few.names)
     assert main(["data", "subset", str(data), "--size", "17"]) == 1
     assert "17 pictures were asked for" in capsys.readouterr().err
+
+
+def test_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(4):
+        folder = tmp_path / "photos" / ("cats", "dogs")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (400, 300), (60 * i, 0, 0)).save(folder / f"{i}.jpg")
+    words = ["data", "pack", str(tmp_path / "photos"), "--short-side", "96"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert "packed 4 pictures into 1 shards of 0.0 MiB in all in" in capsys.readouterr().out
+    images = open_images(tmp_path / "out")
+    assert images.class_names == ("cats", "dogs")
+    assert images[0].decode(max_pixels=10**6, background=(0, 0, 0)).size == (128, 96)
+    assert main([*words, "-o", str(tmp_path / "few"), "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 2
+    (tmp_path / "photos" / "cats" / "x.jpg").write_bytes(b"no picture")
+    assert main([*words, "-o", str(tmp_path / "again"), "--json"]) == 3
+    record = json.loads(capsys.readouterr().out)
+    assert (record["pictures"], len(record["shards"]), len(record["failed"])) == (4, 1, 1)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from amradio.distill.balancing import BALANCING, Balancing, BalancingKind
-from amradio.distill.statistics import Moments
 from amradio.errors import OptionError
+from amradio.statistics.moments import Moments
 
 WHITENING = ("pca", "zca", "hadamard")
 KINDS: Any = pytest.mark.parametrize("kind", BALANCING)

@@ -36,7 +36,9 @@ def test_a_whole_configuration(config):
         ({"partitions__0__sizes": []}, "needs sizes"),
         ({"run__accumulate": 0}, "run.accumulate must be at least 1"),
         ({"run__teacher_dropping": 1.0}, r"in \[0, 1\)"),
+        ({"run__state_file_mib": 0}, "state_file_mib must be at least 0.1, got 0"),
         ({"data__sources": []}, "data.sources is empty"),
+        ({"hooks": [{"kind": "knn", "every": 1}] * 2}, "There are 2 hooks named 'knn'"),
     ],
 )
 def test_what_is_wrong_is_named(settings, changes, message):

@@ -7,8 +7,8 @@ import amradio
 from amradio.distill.balancing import Balancing
 from amradio.distill.export import balancing_of, finished_model, start_from_exported
 from amradio.distill.objective import Objective
-from amradio.distill.statistics import Moments
 from amradio.distill.student import Widths, build_student, radio_config
+from amradio.statistics.moments import Moments
 
 WIDTHS = {"one": Widths(12, 12), "two": Widths(10, 10)}
 

@@ -9,14 +9,14 @@ import time
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import amradio
-from amradio.distill.hooks import FunctionHook
+from amradio.distill.hooks import FunctionHook, Measurement
 from amradio.distill.logging import read_log
 from amradio.distill.loop import NON_FINITE, STATES, distill
 from amradio.distill.state import find_states
-from amradio.distill.steps import NonFiniteLossError
-from amradio.errors import CheckpointError, ConfigError, OptionError
+from amradio.errors import CheckpointError, ConfigError, NonFiniteLossError, OptionError
 from amradio.weights.tensorfiles import read_tensors
 
 CPU = torch.device("cpu")
@@ -153,22 +153,59 @@ def test_slices_of_time(config, tmp_path):
     assert (again.step, again.reason) == (6, "finished")
 
 
+def test_slices_that_leave_small_files_and_the_student_as_it_is(config, tmp_path):
+    wide = {"student__model__backbone__embed_dim": 128, "student__model__backbone__mlp_hidden_dim": 1024}
+    c = config(run__state_file_mib=1, **wide)
+    run(config(**wide), tmp_path / "whole")
+    outcomes = []
+    while not outcomes or outcomes[-1].reason == "time":
+        outcomes.append(run(c, tmp_path / "slices", max_minutes=0, export=tmp_path / f"{len(outcomes)}.safetensors"))
+    files = list((tmp_path / "slices" / STATES).rglob("*.distcp"))
+    assert len(files) > 8
+    assert max(f.stat().st_size for f in files) <= 2**20
+    assert sum(f.stat().st_size for f in files) > 8 * 2**20
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "slices"))
+    tensors = [read_tensors(tmp_path / f"{i}.safetensors") for i in range(6)]
+    assert all(t.dtype == torch.float16 for t in tensors[0].values() if t.is_floating_point())
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(tensors[5][k], v.half() if v.is_floating_point() else v) for k, v in whole.items())
+    images, names = torch.rand(1, 3, 32, 32), ["one", "two"]
+    first, last = (amradio.load(str(tmp_path / f"{i}.safetensors"), names)(images)["one"] for i in (0, 5))
+    wanted = amradio.load(str(tmp_path / "whole" / "model.safetensors"), names)(images)["one"]
+    assert last.features.dtype == torch.float32
+    torch.testing.assert_close(last.features, wanted.features, rtol=0.01, atol=0.01)
+    assert not torch.allclose(first.features, wanted.features, rtol=0.01, atol=0.01)
+
+
+def test_weights_that_half_precision_cannot_hold(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "amradio.distill.export.fold_parametrizations", lambda m: m.blocks[0].mlp.fc1.bias.data.fill_(1e5)
+    )
+    with pytest.raises(CheckpointError, match=r"blocks.0.mlp.fc1.bias has values that torch.float16 cannot hold"):
+        run(config(), tmp_path, max_minutes=0, export=tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment(settings, amradio_command, environment, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(run__checkpoint_steps=1, schedule__steps=15)))
+    path.write_text(yaml.safe_dump(settings(run__checkpoint_steps=1, schedule__steps=30)))
     words = ("distill", path, "--device", "cpu", "--threads", "1")
     amradio_command(*words, "-o", tmp_path / "whole")
     command = [sys.executable, "-m", "amradio", *map(str, words), "-o", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 60
-    while not find_states(tmp_path / "killed" / STATES) and time.monotonic() < limit:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for kill in range(2):  # soon after the first state, and later, while a state is being written perhaps
+        before = len(read_log(tmp_path / "killed"))
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 120
+        while len(read_log(tmp_path / "killed")) < before + 1 + 3 * kill and time.monotonic() < limit:
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "model.safetensors").exists()
     done = amradio_command(*words, "-o", tmp_path / "killed", "--json")
     assert json.loads(done.stdout)["reason"] == "finished"
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert [e["loss"] for e in read_log(tmp_path / "whole")] == [e["loss"] for e in read_log(tmp_path / "killed")]
 
 
 def test_a_loss_that_is_no_number(config, tmp_path):
@@ -207,10 +244,8 @@ class SickModel(torch.nn.Module):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing(config, tmp_path, monkeypatch):
-    import amradio.distill.steps as steps
-
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: torch.tensor(torch.inf))
-    with pytest.raises(steps.NonFiniteLossError, match=r"Step 0: gradient_norm = inf"):
+    with pytest.raises(NonFiniteLossError, match=r"Step 0: gradient_norm = inf"):
         run(config(), tmp_path)
 
 
@@ -235,6 +270,17 @@ def test_other_weights_of_a_teacher_are_noticed(config, tmp_path, teachers):
         run(config(), tmp_path, backbones={"one": b})
 
 
+def test_other_weights_of_a_teacher_that_nobody_knows_are_noticed(config, tmp_path, teachers):
+    a, b = (amradio.load_backbone(teachers[0]) for _ in range(2))
+    a.identity = b.identity = None
+    run(config(), tmp_path, max_minutes=0, backbones={"one": a})
+    with torch.no_grad():
+        next(b.parameters())[0] += 1e-3
+    with pytest.raises(ConfigError, match="teachers' weights changed since"):
+        run(config(), tmp_path, backbones={"one": b})
+    run(config(), tmp_path, backbones={"one": a})
+
+
 def test_a_damaged_state_is_named(config, tmp_path):
     outcome = run(config(), tmp_path, max_minutes=0)
     for file in outcome.state.glob("*.distcp"):
@@ -251,14 +297,18 @@ def test_hooks_see_the_exported_student(config, tmp_path):
 
     def look(moment):
         seen.append((moment.step, moment.model.training, sorted(moment.model.adaptors)))
-        return {"number": moment.step}
+        moment.show("some/thing", Image.new("RGB", (4, 3)))
+        return {"number": Measurement(value=moment.step / 7, unit="%", data="3 pictures of x; 32x32")}
 
     run(config(), tmp_path, hooks=[FunctionHook("look", 4, look)])
     assert seen == [(4, False, ["one", "two"]), (6, False, ["one", "two"])]
-    assert [e["look/number"] for e in read_log(tmp_path) if "look/number" in e] == [4, 6]
-    assert "| look/number | 6.0000 |" in (tmp_path / "README.md").read_text()
-    run(config(), tmp_path)  # what was measured is known to a later process
-    assert "| look/number | 6.0000 |" in (tmp_path / "README.md").read_text()
+    assert [e["look/number"] for e in read_log(tmp_path) if "look/number" in e] == [4 / 7, 6 / 7]
+    assert (tmp_path / "pictures" / "step-00000004" / "some" / "thing.png").is_file()
+    for _ in range(2):  # what was measured is known to a later process
+        card = (tmp_path / "README.md").read_text()
+        assert "| look/number | 0.8571 % | 6 | 3 pictures of x; 32x32 |" in card
+        assert "| after step | look/number |\n|---|---|\n| 4 | 0.5714 |\n| 6 | 0.8571 |" in card
+        run(config(), tmp_path)
 
 
 def test_a_hook_that_fails_loses_no_step(config, tmp_path):
@@ -271,6 +321,64 @@ def test_a_hook_that_fails_loses_no_step(config, tmp_path):
     assert find_states(tmp_path / "failed" / STATES)[-1].name == "step-00000003"
     run(config(), tmp_path / "failed")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "failed"))
+
+
+def test_a_hook_that_did_not_end_is_done_again_and_others_are_not(config, tmp_path):
+    calls = []
+
+    def hooks(*, healthy):
+        def second(moment):
+            if not healthy:
+                raise StopError
+            calls.append(("second", moment.step))
+            return {"x": Measurement(value=1.0)}
+
+        def first(moment):
+            calls.append(("first", moment.step))
+            return {"x": Measurement(value=2.0)}
+
+        return [FunctionHook("first", 3, first), FunctionHook("second", 100, second)]
+
+    with pytest.raises(StopError):  # at the last step, when all steps are done
+        run(config(), tmp_path, hooks=hooks(healthy=False))
+    assert not (tmp_path / "README.md").exists()
+    run(config(), tmp_path, hooks=hooks(healthy=True))
+    run(config(), tmp_path, hooks=hooks(healthy=True))
+    assert calls == [("first", 3), ("first", 6), ("second", 6)]
+    card = (tmp_path / "README.md").read_text()
+    assert "| first/x | 2 | 6 |" in card
+    assert "| second/x | 1 | 6 |" in card
+
+
+def test_hooks_have_names_of_their_own_and_a_time(config, tmp_path):
+    def hook(every=1):
+        return FunctionHook("x", every, lambda moment: {})
+
+    with pytest.raises(ConfigError, match="There are 2 hooks named 'x'"):
+        run(config(), tmp_path, hooks=[hook(), hook()])
+    with pytest.raises(OptionError, match="'x' must come every 1 or more steps, got 0"):
+        hook(0)
+
+
+def test_a_schedule_that_is_shorter_than_its_state(config, tmp_path):
+    run(config(), tmp_path)
+    with pytest.raises(ConfigError, match=r"step-00000006 is 6 steps far, and schedule.steps is 5"):
+        run(config(schedule__steps=5), tmp_path)
+
+
+def test_numbers_and_pictures_in_tensorboard(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def look(moment):
+        moment.show("some/thing", Image.new("RGB", (4, 3)))
+        return {"number": Measurement(value=moment.step / 4)}
+
+    run(config(run__tensorboard=True), tmp_path, hooks=[FunctionHook("look", 3, look)])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("look/number")] == [(3, 0.75), (6, 1.5)]
+    assert [e.step for e in events.Scalars("main/one/features_cosine")] == [1, 2, 3, 4, 5, 6]
+    assert [(e.step, e.width, e.height) for e in events.Images("some/thing")] == [(3, 4, 3), (6, 4, 3)]
 
 
 def test_batches_that_cannot_be_shared(config, tmp_path):
@@ -299,6 +407,39 @@ def test_partitions_windows_mosaics_and_shifts(config, tmp_path):
     assert {"low/one/features", "low/two/summary", "high/two/features"} <= set(log[0])
     assert "low/one/summary" not in log[0]
     assert "high/one/features" not in log[0]
+
+
+def test_windows_change_from_step_to_step_and_not_the_result_at_the_end(config, tmp_path, monkeypatch):
+    import amradio.distill.loop as loop
+
+    windows = []
+
+    def step(machine, number, batches, whole=loop.train_step):
+        numbers = whole(machine, number, batches)
+        windows.append((batches[0].plan.size, batches[0].plan.window, machine.student.radio.window_size))
+        return numbers
+
+    monkeypatch.setattr(loop, "train_step", step)
+    c = config(partitions__0__windows=[0, 2], partitions__0__sizes=[24, 32], schedule__steps=12)
+    outcome = run(c, tmp_path)
+    assert {(size, wished) for size, wished, _ in windows} == {(24, None), (32, None), (32, 2)}
+    assert all(wished == had for _, wished, had in windows)
+    assert amradio.load(str(outcome.model)).window_size is None
+
+
+def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_it(module):
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", dynamic=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_it)
+    run(config(schedule__steps=3, schedule__warmup=1), tmp_path / "plain")
+    run(config(schedule__steps=3, schedule__warmup=1, student__compile=True), tmp_path / "compiled")
+    assert compiled == ["Block", "Block"]
+    losses = [[e["loss"] for e in read_log(tmp_path / n)] for n in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_accumulated_batches_are_whole_batches(config, tmp_path):

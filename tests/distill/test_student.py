@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import amradio
+from amradio.distill.draws import BatchDraws, positions_from
 from amradio.distill.parametrize import SpectralNorm, WeightNoise, add_parametrizations, fold_parametrizations
-from amradio.distill.student import GlobalDraws, Widths, build_student, global_draws, radio_config
+from amradio.distill.student import Widths, build_student, radio_config
 from amradio.errors import ConfigError
 from amradio.models.configs import ERadioConfig, RadioConfig, ViTConfig, to_json
 from amradio.models.radio import RadioModel
@@ -137,27 +138,26 @@ def test_position_crops_are_those_of_the_whole_batch(config, parts):
     c = config()
     student, _ = build_student(c, radio_config(c, WIDTHS))
     images = torch.rand(4, 3, 32, 32)
-    with global_draws(student, GlobalDraws(3, 0, 4, 4)):
+    with positions_from(student, BatchDraws(3, 0, 4)):
         whole = student(images, ["one"])["one"].features
     start, found = 0, []
     for count in parts:
-        with global_draws(student, GlobalDraws(3, start, count, 4)):
+        with positions_from(student, BatchDraws(3, start, 4)):
             found.append(student(images[start : start + count], ["one"])["one"].features)
         start += count
     torch.testing.assert_close(torch.cat(found), whole)
-    with global_draws(student, GlobalDraws(4, 0, 4, 4)):
+    with positions_from(student, BatchDraws(4, 0, 4)):
         assert not torch.allclose(student(images, ["one"])["one"].features, whole)
 
 
-def test_draws_end_with_the_block_also_when_it_fails(config):
-    c = config()
+def test_trunks_that_draw_nothing_need_no_draws(config):
+    backbone = {"kind": "eradio", "dim": 8, "in_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+                "window_size": [None, None, 4, 4], "sr_ratio": [1, 1, 1, 1], "full_features_head_dim": 16,
+                "cpb_mlp_hidden": 8}  # fmt: skip
+    c = config(student={"model": {"backbone": backbone}})
     student, _ = build_student(c, radio_config(c, WIDTHS))
-    with pytest.raises(RuntimeError), global_draws(student, GlobalDraws(3, 0, 2, 2)):
-        student(torch.rand(2, 4, 32, 32), ["one"])
-    torch.manual_seed(0)
-    a = torch.rand(2, 1)
-    torch.manual_seed(0)
-    assert torch.equal(torch.rand(2, 1), a)
+    with positions_from(student, BatchDraws(0, 0, 2)):
+        assert student(torch.rand(2, 3, 32, 32), ["one"])["one"].features.shape == (2, 12, 2, 2)
 
 
 # ---- parametrisations ----

@@ -23,7 +23,10 @@ def train(settings, amradio_command, tmp_path):
             {"name": "low", "sizes": [24, 32], "batch_size": 8},
             {"name": "high", "sizes": [48], "batch_size": 4, "teachers": ["two"]},
         ]
-        data = settings(partitions=partitions, run__teacher_dropping=0.3, run__loss_balancing=True, **changes)
+        data = settings(
+            partitions=partitions, run__teacher_dropping=0.3, run__loss_balancing=True, run__accumulate=2, run__shift=1,
+            student__spectral=True, student__damp=0.05, data__crops={"mixup": 0.5, "brightness": 0.2}, **changes,
+        )  # fmt: skip
         path.write_text(yaml.safe_dump(data))
         amradio_command("distill", path, "-o", tmp_path / name, "--device", "cpu", *words, processes=processes)
 

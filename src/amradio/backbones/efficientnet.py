@@ -98,15 +98,14 @@ def load_efficientnet(name: str = NAME, *, hub: HubOptions | None = None, stride
     return EfficientNetBackbone(network, identity)
 
 
-def folded_trunk() -> dict[str, Tensor]:
-    """The convolutional stages without norms, for `EfficientNetTrunk` built with ``folded=True``.
+def folded_network() -> dict[str, Tensor]:
+    """The network without norms and without its classifier, for `EfficientNetLite` built with ``folded=True``.
 
     Raises:
         MissingDependencyError: The package with the weights is not installed.
         CheckpointError: They are damaged.
     """
-    folded = folded_norms(renamed(packaged_tensors()[0]))
-    return {name: tensor for name, tensor in folded.items() if not name.startswith("head.")}
+    return folded_norms(renamed(packaged_tensors()[0]))
 
 
 def packaged_tensors() -> tuple[dict[str, Tensor], Path, str]:

@@ -1,4 +1,4 @@
-"""``amradio data``: what is in a data set of pictures with masks."""
+"""``amradio data``: what is in a data set of pictures with masks; pictures packed for another machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from amradio.cli.common import progress_bar
+from amradio.cli.data_pack import Pack
 from amradio.cli.text import table
 
 if TYPE_CHECKING:
@@ -101,9 +102,13 @@ class Subset(SegmentationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Look into a data set of pictures with masks."""
+    """Look into a data set of pictures with masks, or pack pictures for another machine."""
 
-    action: Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Subset, tyro.conf.subcommand("subset")]
+    action: (
+        Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[Subset, tyro.conf.subcommand("subset")]
+        | Annotated[Pack, tyro.conf.subcommand("pack")]
+    )
 
     @property
     def json(self) -> bool:

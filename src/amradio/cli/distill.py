@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from amradio.distill.config import DistillConfig
     from amradio.distill.loop import Outcome, Progress
     from amradio.distributed import Group
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class Distill:
     """A setting to change: KEY=VALUE, such as schedule.steps=100 or teachers.0.weight=2. Repeat for several."""
     max_minutes: float | None = None
     """Stop after this time with a saved state; the same command goes on from there."""
+    export: Path | None = None
+    """Write the student as it is when this call ends, finished or not, to this .safetensors file."""
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of the weights in that file; they are loaded as single precision."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     threads: int | None = None
@@ -76,12 +83,15 @@ class Distill:
 
         from amradio.cli.distill_hooks import make_hooks
         from amradio.distill.loop import distill
+        from amradio.weights.checkpoint import torch_dtype
 
         is_main = group is None or group.is_main
         device = device_of(self.device) if group is None else group.device
         folder = self.output or Path(config.name)
         quiet = self.json or not is_main
-        with tqdm(total=config.schedule.steps, unit="step", desc=config.name, disable=quiet, file=sys.stderr) as bar:
+        with tqdm(
+            total=config.schedule.steps, desc=config.name, bar_format=_BAR, disable=quiet, file=sys.stderr
+        ) as bar:
 
             def show(progress: Progress) -> None:
                 bar.n = progress.step
@@ -95,8 +105,10 @@ class Distill:
                 folder,
                 device=device,
                 group=group,
-                hooks=make_hooks(config.hooks),
+                hooks=make_hooks(config),
                 max_minutes=self.max_minutes,
+                export=self.export,
+                export_dtype=torch_dtype(self.export_dtype),
                 on_progress=show,
                 on_message=lambda text: None if self.json else tqdm.write(text, file=sys.stderr),
             )
@@ -109,6 +121,7 @@ class Distill:
                 "reason": outcome.reason,
                 "state": str(outcome.state),
                 "model": None if outcome.model is None else str(outcome.model),
+                "export": None if self.export is None else str(self.export),
                 "seconds": outcome.seconds,
             }
             print(json.dumps(record))

@@ -11,14 +11,15 @@ outcome = distill(load_config("run.yaml"), Path("run"), device=torch.device("cud
 """
 
 from amradio.distill.config import DistillConfig, config_names, load_config, parse_config
-from amradio.distill.hooks import FunctionHook, Hook, Moment
+from amradio.distill.hooks import FunctionHook, Hook, Measurement, Moment
 from amradio.distill.loop import Outcome, Progress, distill
-from amradio.distill.steps import NonFiniteLossError
+from amradio.errors import NonFiniteLossError
 
 __all__ = [
     "DistillConfig",
     "FunctionHook",
     "Hook",
+    "Measurement",
     "Moment",
     "NonFiniteLossError",
     "Outcome",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from amradio.distill.hadamard import equalizing_rotation
-from amradio.distill.statistics import Moments
 from amradio.errors import OptionError, nearest_names
+from amradio.statistics.hadamard import equalizing_rotation
+from amradio.statistics.moments import Moments
+from amradio.statistics.phi_s import phi_s
 
 BalancingKind = Literal["none", "global", "per-channel", "pca", "zca", "hadamard", "phi-s"]
 BALANCING: tuple[str, ...] = get_args(BalancingKind)
@@ -28,7 +29,7 @@ class Balancing(nn.Module):
     """An invertible standardisation of features.
 
     With mean μ, covariance Σ = U diag(e) Uᵀ (divisor N - 1), ``φ = sqrt(mean(e))`` and R the rotation of
-    `amradio.distill.hadamard.equalizing_rotation` for the variances e:
+    `amradio.statistics.hadamard.equalizing_rotation` for the variances e:
 
     ============  ======================  =================================================
     kind          W                       on the data of the statistics
@@ -187,12 +188,10 @@ def _fit_scale(kind: str, covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fit_matrix(kind: str, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """W and its inverse, both [D, D], of the kinds that mix channels."""
+    if kind == "phi-s":
+        return phi_s(covariance)
     variances, components = torch.linalg.eigh(covariance)  # ascending; components in columns
     variances = variances.clamp(min=0)
-    if kind == "phi-s":
-        scale = variances.mean().sqrt()
-        rotation = equalizing_rotation(variances) @ components.T
-        return rotation / scale, rotation.T * scale
     scale = variances.clamp(min=variances[-1] * _RELATIVE_FLOOR).sqrt()  # [D]
     rotation = _whitening_rotation(kind, variances, components)
     return rotation @ (components / scale).T, (components * scale) @ rotation.T

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from amradio import __version__
 from amradio.distill.config import DistillConfig, TeacherConfig
+from amradio.distill.hooks import Result
 from amradio.models.radio import RadioModel
 
 
@@ -15,7 +16,7 @@ def model_card(
     model: RadioModel,
     teachers: Mapping[str, Mapping[str, Any]],
     pictures: int,
-    results: Mapping[str, float],
+    results: Sequence[Result],
     seconds: float,
 ) -> str:
     """Say in Markdown what a student is, what it was made of, what it cost and what it reaches.
@@ -25,7 +26,7 @@ def model_card(
         model: The student.
         teachers: What is known of each teacher's weights, by name.
         pictures: In the training set.
-        results: Numbers of the last evaluations.
+        results: What hooks have measured, in order.
         seconds: Training time.
 
     Returns:
@@ -84,7 +85,16 @@ def _teacher_row(config: TeacherConfig, facts: Mapping[str, Any]) -> str:
     return f"| {config.name} | {source} | {licence} | {size} | {summary} | {features} |"
 
 
-def _results(results: Mapping[str, float]) -> list[str]:
+def _results(results: Sequence[Result]) -> list[str]:
+    """The last value of each measure with what it was measured on, and how measures went."""
     if not results:
         return ["No evaluation was run during training."]
-    return ["| measure | value |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in results.items())]
+    last = {r.name: r for r in results}
+    rows = [f"| {r.name} | {r.value:.4g} {r.unit}".rstrip() + f" | {r.step:,} | {r.data} |" for r in last.values()]
+    lines = ["| measure | value | after step | on |", "|---|---|---|---|", *rows]
+    steps = sorted({r.step for r in results})
+    if len(steps) > 1:
+        values = {(r.step, r.name): f"{r.value:.4g}" for r in results}
+        lines += ["", f"| after step | {' | '.join(last)} |", f"|---{'|---' * len(last)}|"]
+        lines += [f"| {step:,} | {' | '.join(values.get((step, name), '') for name in last)} |" for step in steps]
+    return lines

@@ -10,9 +10,9 @@ from torch import nn
 from amradio.distill.balancing import Balancing
 from amradio.distill.losses import Dispersion
 from amradio.distill.objective import TeacherObjective
-from amradio.distill.statistics import Moments
 from amradio.distill.steps import Machine
 from amradio.distill.stream import Loader
+from amradio.statistics.moments import Moments
 
 
 def estimate(machine: Machine, loader: Loader, on_progress: Callable[[int], object] = lambda n: None) -> None:

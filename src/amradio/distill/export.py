@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from amradio.distill.balancing import Balancing
 from amradio.distill.card import model_card
 from amradio.distill.config import DistillConfig, StudentConfig
+from amradio.distill.hooks import Result
 from amradio.distill.objective import Objective
 from amradio.distill.parametrize import fold_parametrizations
 from amradio.distill.student import Student, last_linear, parametrized
 from amradio.distill.teachers import Teacher
+from amradio.errors import CheckpointError
 from amradio.models.adaptors import Adaptor
 from amradio.models.configs import RadioConfig
 from amradio.models.radio import RadioModel
-from amradio.weights.checkpoint import Identity
+from amradio.weights.checkpoint import Checkpoint
 from amradio.weights.convert import save
 from amradio.weights.files import atomic_file
 
@@ -81,13 +84,40 @@ def balancing_of(objective: Objective, name: str) -> Balancing:
     return copy.deepcopy(cast("Balancing", part.balancing)).cpu()
 
 
+def write_model(model: RadioModel, path: Path, dtype: torch.dtype) -> Path:
+    """Write a finished student with weights of another precision, which loading turns into single precision again.
+
+    Args:
+        model: The student.
+        path: File in this package's own layout.
+        dtype: Of the stored weights.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: A weight has no finite value in that precision, or the file cannot be written.
+    """
+    checkpoint = Checkpoint.of(model)
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in checkpoint.tensors.items()}
+    over = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if over:
+        raise CheckpointError(
+            f"{over[0]} has values that {dtype} cannot hold, so {path} was not written. Choose bfloat16 or float32."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(dataclasses.replace(checkpoint, tensors=tensors), path)
+
+
 def write_results(
     folder: Path,
     config: DistillConfig,
     model: RadioModel,
     teachers: Mapping[str, Teacher],
     pictures: int,
-    results: Mapping[str, float],
+    results: Sequence[Result],
     seconds: float,
 ) -> Path:
     """Write the finished student and its card.
@@ -98,13 +128,12 @@ def write_results(
         model: The student.
         teachers: What it was trained from.
         pictures: In the training set.
-        results: Last numbers of the hooks.
+        results: What hooks have measured, in order.
         seconds: Training time.
 
     Returns:
         The model's file, in this package's own layout; `amradio.save` and ``amradio convert`` write the others.
     """
-    model.identity = Identity(source=config.name, layout="memory", license=config.licence)
     path = save(model.cpu(), folder / MODEL)
     facts = {name: teacher.facts for name, teacher in teachers.items()}
     with atomic_file(folder / CARD) as part:

@@ -1,4 +1,4 @@
-"""Numbers over time: a JSON line for each report, and TensorBoard or Weights & Biases for those who have them."""
+"""Numbers and pictures over time: JSON lines and files, and TensorBoard or Weights & Biases for those who have them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from amradio.distill.config import DistillConfig
 from amradio.models.configs import to_json
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
+PICTURES = "pictures"
 
 
 class RunLog:
-    """Where a run's numbers go. Only the main process has one.
+    """Where a run's numbers and pictures go. Only the main process has one.
 
     Args:
         folder: Of the run.
@@ -32,6 +38,7 @@ class RunLog:
         path = folder / LOG
         if path.is_file():
             _cut(path, step)
+        self._folder = folder
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard", step) if config.run.tensorboard else None
         self._wandb = _wandb(folder, config) if config.run.wandb else None
@@ -51,6 +58,22 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
+
+    def show(self, step: int, name: str, picture: Image) -> None:
+        """Keep a picture.
+
+        Args:
+            step: Steps done.
+            name: Such as ``maps/cat``; slashes make folders.
+            picture: In RGB.
+        """
+        path = self._folder / PICTURES / f"step-{step:08d}" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: importlib.import_module("wandb").Image(picture)}, step=step)
 
     def __enter__(self) -> RunLog:
         return self

@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amradio.distill.config import DistillConfig, digest
+from amradio.distill.building import attach_caches, build_machine, identity_of
+from amradio.distill.config import DistillConfig
+from amradio.distill.config.run import check_unique
 from amradio.distill.ema import MovingAverage
 from amradio.distill.estimate import estimate
-from amradio.distill.export import finished_model, start_from_exported, write_results
-from amradio.distill.hooks import Hook, Moment, due
+from amradio.distill.export import finished_model, start_from_exported, write_model, write_results
+from amradio.distill.hooks import Hook, Moment, Result, due
 from amradio.distill.logging import RunLog
-from amradio.distill.objective import Objective
-from amradio.distill.optim import Lamb, parameter_groups
-from amradio.distill.parallel import check_sizes, distributed
-from amradio.distill.state import (
-    add_to_note,
-    check_identity,
-    find_states,
-    load_state,
-    read_note,
-    save_state,
-    whole,
-)
-from amradio.distill.steps import Machine, NonFiniteLossError, train_step
-from amradio.distill.stream import Loader, Pictures, Planner, open_pictures
-from amradio.distill.student import Widths, build_student, radio_config
-from amradio.distill.targets import TargetCache
-from amradio.distill.teachers import Spec, Teacher, load_teachers
-from amradio.distill.timing import StepClock
+from amradio.distill.parallel import check_sizes, no_view_warnings
+from amradio.distill.signals import stop_signals
+from amradio.distill.state import add_to_note, check_identity, find_states, load_state, read_note, save_state, whole
+from amradio.distill.steps import train_step
+from amradio.distill.stream import Loader, Planner, open_pictures
+from amradio.distill.student import Widths, radio_config
+from amradio.distill.teachers import Spec, load_teachers
 from amradio.distributed import Group
-from amradio.models.configs import RadioConfig, to_json
+from amradio.errors import ConfigError, NonFiniteLossError
+from amradio.models.configs import to_json
+from amradio.models.radio import RadioModel
+from amradio.weights.checkpoint import Identity
 from amradio.weights.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -99,6 +90,8 @@ def distill(
     hooks: Sequence[Hook] = (),
     backbones: Mapping[str, Spec] | None = None,
     max_minutes: float | None = None,
+    export: Path | None = None,
+    export_dtype: torch.dtype = torch.float16,
     on_progress: Callable[[Progress], object] = lambda p: None,
     on_message: Callable[[str], object] = logger.info,
 ) -> Outcome:
@@ -115,6 +108,8 @@ def distill(
         hooks: What is done now and then, by the main process.
         backbones: By teacher, what `amradio.load_backbone` takes (a callable, say), instead of what is configured.
         max_minutes: Stop after this time with a saved state; None: train to the end.
+        export: Where the student is written as it is when the call ends, finished or not; None: nowhere.
+        export_dtype: What its weights are stored in there. They are single precision again when they are loaded.
         on_progress: Called by the main process each time that numbers are logged.
         on_message: Called by the main process with what is worth knowing.
 
@@ -129,7 +124,10 @@ def distill(
     begun = time.monotonic()
     run = _Run(config, folder, device, group, hooks, backbones, on_progress, on_message)
     limit = None if max_minutes is None else begun + 60 * max_minutes
-    return run.train(limit)
+    outcome = run.train(limit)
+    if export is not None:
+        run.export(export, export_dtype)
+    return outcome
 
 
 class _Run:
@@ -152,25 +150,27 @@ class _Run:
         self.say: Callable[[str], object] = on_message if self.is_main else (lambda text: None)
         world_size = 1 if group is None else group.world_size
         check_sizes(config, world_size)
+        check_unique("hook", [h.name for h in hooks])
         folder.mkdir(parents=True, exist_ok=True)
         self.pictures = open_pictures(config.data)
         self.teachers = load_teachers(config.teachers, device, backbones)
-        self.identity = _identity(config, self.pictures, self.teachers)
+        self.identity = identity_of(config, self.pictures, self.teachers)
         states = find_states(folder / STATES)
         self.state = states[-1] if states else None
         if self.state is not None:  # before minutes are spent on anything else
             check_identity(read_note(self.state)["identity"], self.identity, self.state)
-        _attach_caches(config, self.pictures, self.teachers)
+        attach_caches(config, self.pictures, self.teachers)
         widths = {n: Widths(t.summary_dim, t.feature_dim) for n, t in self.teachers.items()}
         self.description = radio_config(config, widths)
-        self.machine, self.from_init = _build(config, self.description, widths, self.teachers, device, group)
+        self.machine, self.from_init = build_machine(config, self.description, widths, self.teachers, device, group)
         self.planner = Planner(
             config, len(self.pictures), self.machine.student.radio.patch_size, group.rank if group else 0, world_size
         )
         self.loader = Loader(self.pictures, self.planner, config.data, self.machine.sizes, pin=device.type == "cuda")
         self.step = 0
         self.seconds = 0.0
-        self.results: dict[str, float] = {}
+        self.results: list[Result] = []
+        self.done: list[str] = []  # hooks that have seen the present step
 
     def train(self, limit: float | None) -> Outcome:
         """Run to the end, or to the limit of time."""
@@ -183,8 +183,9 @@ class _Run:
         sums: dict[str, float] = {}
         with ExitStack() as stack:
             log = stack.enter_context(RunLog(self.folder, self.config, self.step)) if self.is_main else None
-            interrupted = stack.enter_context(_signals())
-            stack.enter_context(_no_view_warnings())
+            interrupted = stack.enter_context(stop_signals())
+            stack.enter_context(no_view_warnings())
+            self._run_hooks(log, self._missed_hooks())
             batches = self.loader.batches(self.step, total, partitions)
             stack.callback(batches.close)
             self.machine.clock.read()
@@ -201,6 +202,7 @@ class _Run:
                     self._stop_for(error)
                     raise
                 self.step += 1
+                self.done = []
                 self.seconds += time.monotonic() - started
                 for name, value in numbers.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -216,12 +218,19 @@ class _Run:
                 if last or wish or hooks or (every is not None and self.step % every == 0):
                     self._save()  # before hooks, so that nothing is lost if one of them fails
                     saved = time.monotonic()
-                if hooks:
-                    self._run_hooks(log, hooks)
+                begun = time.monotonic()
+                self._run_hooks(log, hooks)
+                since += time.monotonic() - begun  # evaluations say nothing about the speed of the training
                 if stop:
                     reason = stop
                     break
         return self._outcome(reason)
+
+    def export(self, path: Path, dtype: torch.dtype) -> None:
+        """Write the student as it is now. All processes call it."""
+        model = self._finished()
+        if self.is_main:
+            write_model(model, path, dtype)
 
     # ---- beginning and ending ----
 
@@ -229,7 +238,13 @@ class _Run:
         """Go on from a state, or estimate statistics and start."""
         if self.state is not None:
             note = load_state(self.state, self.machine)
-            self.step, self.seconds, self.results = int(note["step"]), float(note["seconds"]), dict(note["results"])
+            self.step, self.seconds = int(note["step"]), float(note["seconds"])
+            self.results, self.done = [Result(**r) for r in note["results"]], list(note["hooks"])
+            if self.step > self.config.schedule.steps:
+                raise ConfigError(
+                    f"{self.state} is {self.step} steps far, and schedule.steps is {self.config.schedule.steps}. Give "
+                    "it at least as many, or delete the later states to go on from an earlier one."
+                )
             self.say(f"going on from step {self.step} of {self.config.schedule.steps} ({self.state})")
             return
         count = self.config.run.statistics
@@ -247,11 +262,12 @@ class _Run:
         note = {
             "identity": self.identity,
             "seconds": self.seconds,
-            "results": self.results,
+            **self._measured(),
             "config": to_json(self.config),
             "description": to_json(self.description),
         }
-        self.state = save_state(self.folder / STATES, self.machine, self.step, note)
+        with self.machine.clock.stage("saving"):
+            self.state = save_state(self.folder / STATES, self.machine, self.step, note)
 
     def _stop_for(self, error: NonFiniteLossError) -> None:
         """Save what is needed to look into a loss that is no number."""
@@ -298,26 +314,49 @@ class _Run:
                 )
             )
 
-    def _run_hooks(self, log: RunLog | None, wanted: Sequence[Hook]) -> None:
-        model = self._finished()
-        if log is not None:
-            for hook in wanted:
-                moment = Moment(step=self.step, model=model, folder=self.folder)
-                found = {f"{hook.name}/{k}": v for k, v in hook(moment).items()}
-                self.results |= found
-                log.write(self.step, found)
-                if found:
-                    self.say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}")
-            assert self.state is not None  # hooks come after a saved state
-            add_to_note(self.state, {"results": self.results})
-        if self.group is not None:
-            self.group.barrier()
+    def _missed_hooks(self) -> list[Hook]:
+        """Hooks that were due when the state was saved, but did not come to their end, or were not asked for then."""
+        if not self.step:
+            return []
+        last = self.step == self.config.schedule.steps
+        return [h for h in self.hooks if due(h, self.step - 1, self.step, last) and h.name not in self.done]
 
-    def _finished(self) -> Any:
+    def _run_hooks(self, log: RunLog | None, wanted: Sequence[Hook]) -> None:
+        if not wanted:
+            return
+        with self.machine.clock.stage("hooks"):
+            model = self._finished()
+            if log is not None:
+                assert self.state is not None  # hooks come after a saved state
+                for hook in wanted:
+                    self._run_hook(log, hook, model)
+                    self.done.append(hook.name)
+                    add_to_note(self.state, self._measured())
+            if self.group is not None:
+                self.group.barrier()
+
+    def _run_hook(self, log: RunLog, hook: Hook, model: RadioModel) -> None:
+        step = self.step
+        moment = Moment(
+            step=step, model=model, folder=self.folder, show=lambda name, picture: log.show(step, name, picture)
+        )
+        found = {f"{hook.name}/{name}": m for name, m in hook(moment).items()}
+        if found:
+            log.write(step, {name: m.value for name, m in found.items()})
+            self.say(f"step {step}: {', '.join(f'{name} {m.value:.4g} {m.unit}'.strip() for name, m in found.items())}")
+        self.results += [Result(name=name, step=step, **asdict(m)) for name, m in found.items()]
+
+    def _measured(self) -> dict[str, Any]:
+        """What hooks have found, as a state keeps it."""
+        return {"results": [asdict(r) for r in self.results], "hooks": self.done}
+
+    def _finished(self) -> RadioModel:
         """The student as it would be exported, on the training's device. All processes call it."""
-        machine = self.machine
+        machine, config = self.machine, self.config
         tensors = machine.student.state_dict() if machine.average is None else machine.average.tensors
-        return finished_model(self.description, self.config.student, whole(tensors), machine.objective).to(self.device)
+        model = finished_model(self.description, config.student, whole(tensors), machine.objective).to(self.device)
+        model.identity = Identity(source=config.name, layout="memory", license=config.licence)
+        return model
 
     def _wish(self, interrupted: bool, over: bool, unsaved_s: float) -> str | None:
         """What this process would do after a step."""
@@ -334,94 +373,3 @@ class _Run:
         wishes = (None, "save", "time", "signal")
         code = torch.tensor([wishes.index(wish) if self.is_main else 0])
         return wishes[int(self.group.all_reduce_sum(code))]
-
-
-def _identity(config: DistillConfig, pictures: Pictures, teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    weights = {name: {k: v for k, v in t.facts.items() if k != "source"} for name, t in teachers.items()}
-    return config.identity | {"pictures": pictures.identity, "teachers' weights": digest(weights)}
-
-
-def _attach_caches(config: DistillConfig, pictures: Pictures, teachers: Mapping[str, Teacher]) -> None:
-    """Give teachers their caches of targets, which depend on the teacher, the pictures and the crops."""
-    if config.data.cache_dir is None or config.data.fixed_views is None:
-        return
-    for name, teacher in teachers.items():
-        t = teacher.config
-        identity = {
-            "teacher": {k: v for k, v in teacher.facts.items() if k != "source"},
-            "adaptor": t.adaptor,
-            "options": dict(t.options),
-            "resolution": t.resolution,
-            "dtype": t.dtype,
-            "targets": [t.summary is not None, t.features is not None],
-            "pictures": pictures.identity,
-            "views": config.data.fixed_views,
-            "crops": to_json(config.data.crops),
-            "decode": config.data.decode,
-            "seed": config.seed,
-        }
-        folder = Path(config.data.cache_dir).expanduser() / name
-        teacher.cache = TargetCache(folder, config.data.fixed_views * len(pictures), identity)
-
-
-def _build(
-    config: DistillConfig,
-    description: RadioConfig,
-    widths: Mapping[str, Widths],
-    teachers: Mapping[str, Teacher],
-    device: torch.device,
-    group: Group | None,
-) -> tuple[Machine, frozenset[str]]:
-    """The machine at the start, and the adaptors whose weights came from a checkpoint."""
-    student, from_init = build_student(config, description)
-    student.to(device)
-    model = distributed(student, config, group)
-    o = config.optimizer
-    groups = parameter_groups(student.named_parameters(), o.weight_decay, o.layer_decay)
-    optimizer: torch.optim.Optimizer
-    if o.kind == "lamb":
-        optimizer = Lamb(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=device.type in ("cpu", "cuda"))
-    machine = Machine(
-        config=config,
-        student=student,
-        model=model,
-        teachers=teachers,
-        objective=Objective(config, widths).to(device),
-        optimizer=optimizer,
-        average=None if config.student.ema is None else MovingAverage(student, config.student.ema),
-        device=device,
-        group=group,
-        clock=StepClock(device),
-    )
-    return machine, from_init
-
-
-@contextmanager
-def _no_view_warnings() -> Iterator[None]:
-    """Keep FSDP2 from warning of views, which nothing here changes in place."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Take SIGTERM and SIGINT as a wish to stop after the step; a second one stops at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
-        yield lambda: False
-        return
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

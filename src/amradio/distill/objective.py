@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amradio.distill.balancing import Balancing
 from amradio.distill.config import DistillConfig, TeacherConfig
+from amradio.distill.draws import Draw
 from amradio.distill.losses import LossBalancer, drop_teachers, feature_loss, match_grids, overlap, summary_loss
 from amradio.distill.student import Prediction, Widths
 from amradio.distill.targets import Targets
@@ -28,20 +29,6 @@ class Terms(NamedTuple):
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
-
-
-class Draw(NamedTuple):
-    """Where the random numbers of a batch come from.
-
-    Attributes:
-        seed: Of the batch of all processes.
-        start: Position of the first picture in that batch.
-        total: Size of that batch.
-    """
-
-    seed: int
-    start: int
-    total: int
 
 
 class TeacherObjective(nn.Module):

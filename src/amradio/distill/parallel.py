@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,14 @@ def _sharded(student: Student, config: DistillConfig, group: Group) -> nn.Module
         fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     return student
+
+
+@contextmanager
+def no_view_warnings() -> Iterator[None]:
+    """Keep FSDP2 from warning of views, which nothing here changes in place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        yield
 
 
 @contextmanager

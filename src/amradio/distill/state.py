@@ -9,7 +9,6 @@ name once it is complete.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,11 +24,14 @@ from amradio.distill.steps import Machine
 from amradio.errors import CheckpointError, ConfigError
 from amradio.weights.files import atomic_file
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlanner
+
 
 NOTE = "state.json"
 _NAME = re.compile(r"step-(\d+)")
-_FILE_BYTES = 8 * 2**20  # of one file of a state, about: such files pass through narrow transfers
+_FILES = 4  # of each process, written at once
+_MIB = 2**20
 
 
 def state_folder(root: Path, step: int) -> Path:
@@ -75,9 +77,10 @@ def save_state(root: Path, machine: Machine, step: int, note: Mapping[str, Any])
     _wait(machine)
     state = _state_of(machine)
     try:
-        writer = FileSystemWriter(part, thread_count=_file_count(state))
+        files, planner = _plan(state, machine.config.run.state_file_mib)
+        writer = FileSystemWriter(part, thread_count=files)
         with _alone_is_fine():
-            save(state, storage_writer=writer, no_dist=machine.group is None)
+            save(state, storage_writer=writer, planner=planner, no_dist=machine.group is None)
     except OSError as e:
         raise CheckpointError(f"The state after step {step} cannot be written to {part}: {e}.") from e
     if is_main:
@@ -194,19 +197,25 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
-def _file_count(state: Mapping[str, Any]) -> int:
-    """How many files a process cuts its part of a state into."""
+def _plan(state: Mapping[str, Any], file_mib: float | None) -> tuple[int, SavePlanner]:
+    """How many files this process writes, and what is in them."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.utils._pytree import tree_leaves
 
-    size = sum(_own_bytes(t) for t in tree_leaves(state) if isinstance(t, Tensor))
-    return max(1, -(-size // _FILE_BYTES))
+    from amradio.distill.pieces import PiecePlanner, bounded_files
+
+    if file_mib is None:
+        return _FILES, DefaultSavePlanner()
+    own = [_own(t) for t in tree_leaves(state) if isinstance(t, Tensor)]
+    files, piece = bounded_files(own, round(file_mib * _MIB))
+    return files, PiecePlanner(piece)
 
 
-def _own_bytes(tensor: Tensor) -> int:
+def _own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
     from torch.distributed.tensor import DTensor
 
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.numel() * own.element_size()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _drop_old(root: Path, keep: int) -> None:

@@ -12,31 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from amradio.distill.config import DistillConfig
+from amradio.distill.draws import BatchDraws, Draw, positions_from
 from amradio.distill.ema import MovingAverage
-from amradio.distill.objective import Draw, Objective
+from amradio.distill.objective import Objective
 from amradio.distill.optim import learning_rate
 from amradio.distill.parallel import reduced, synchronised, touch
 from amradio.distill.stream import Batch, Plan, Purpose, seed_for
-from amradio.distill.student import GlobalDraws, Student, global_draws
+from amradio.distill.student import Student
 from amradio.distill.targets import Targets
 from amradio.distill.teachers import Teacher
 from amradio.distill.timing import StepClock
 from amradio.distributed import Group
-from amradio.errors import AmradioError
-
-
-class NonFiniteLossError(AmradioError, FloatingPointError):
-    """The loss or its gradient is no longer a number. The weights were not changed by the step.
-
-    Attributes:
-        step: From 0.
-        ids: Of the pictures of this process, by partition.
-        losses: Over all processes.
-    """
-
-    def __init__(self, message: str, step: int, ids: Mapping[str, Sequence[str]], losses: Mapping[str, float]) -> None:
-        super().__init__(message)
-        self.step, self.ids, self.losses = step, dict(ids), dict(losses)
+from amradio.errors import NonFiniteLossError
 
 
 @dataclass(kw_only=True)
@@ -154,11 +141,11 @@ def _partition(machine: Machine, batch: Batch, targets: Mapping[str, Targets], *
         part = slice(m * count, (m + 1) * count)
         first = plan.start + part.start  # in the batch of all processes
         final = last and m == config.run.accumulate - 1
-        # Weight noise is the same in all processes, as one process would draw it.
-        torch.manual_seed(seed_for(config.seed, Purpose.MODEL, plan.step, plan.partition, m))
+        # Weight noise is the same in all processes and micro-batches: what one process would draw for the whole batch.
+        torch.manual_seed(seed_for(config.seed, Purpose.MODEL, plan.step, plan.partition))
         images = batch.student[part].to(machine.device, non_blocking=True).float() / 255  # [b, 3, h, w]
         with synchronised(machine.model, final):
-            with _autocast(machine), global_draws(machine.student, GlobalDraws(positions, first, count, plan.total)):
+            with _autocast(machine), positions_from(machine.student, BatchDraws(positions, first, plan.total)):
                 said = machine.model(images, tuple(targets))
             theirs = {name: _rows(t, part) for name, t in targets.items()}
             loss, found = machine.objective(said, theirs, plan.shift, grid, Draw(dropping, first, plan.total))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from amradio.backbones import efficientnet
 from amradio.distill.config import DistillConfig, HeadSizes, StudentConfig, TeacherConfig
@@ -109,58 +107,6 @@ class Student(nn.Module):
             return out.patches.mean(dim=1), out.patches
         summary, patches = out
         return summary, patches
-
-
-class GlobalDraws(TorchFunctionMode):
-    """Random numbers of a batch that is spread over processes: each gets the rows that a single process would.
-
-    While it is active, ``torch.rand`` with as many rows as this process has pictures draws rows for the whole batch
-    and returns this process's. So training does not depend on the number of processes.
-
-    Args:
-        seed: Of the draws of this batch.
-        start: Position of this process's first picture.
-        count: This process's pictures.
-        total: Pictures of the whole batch.
-    """
-
-    def __init__(self, seed: int, start: int, count: int, total: int) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-        self.start, self.count, self.total = start, count, total
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept one call of torch."""
-        kwargs = kwargs or {}
-        if func is not torch.rand or not args or args[0] != self.count:
-            return func(*args, **kwargs)
-        drawn = torch.rand((self.total, *args[1:]), generator=self.generator)  # [total, ...]
-        return drawn[self.start : self.start + self.count].to(kwargs.get("device"))
-
-
-@contextmanager
-def global_draws(student: Student, draws: GlobalDraws) -> Iterator[None]:
-    """Let the position crops of a forward pass be drawn from `draws`.
-
-    Args:
-        student: Whose patch generator draws.
-        draws: What it draws from.
-    """
-    trunk = student.radio.model
-    if not isinstance(trunk, VisionTransformer):  # which draws nothing
-        yield
-        return
-    generator = trunk.patch_generator
-    before = generator.register_forward_pre_hook(lambda *_: draws.__enter__() and None)  # type: ignore[no-untyped-call]
-    after = generator.register_forward_hook(
-        lambda *_: draws.__exit__(None, None, None),  # type: ignore[no-untyped-call]
-        always_call=True,
-    )
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 def radio_config(config: DistillConfig, widths: Mapping[str, Widths]) -> RadioConfig:
@@ -355,7 +301,7 @@ def _reset(radio: RadioModel) -> None:
 
 def _inherit_stem(radio: RadioModel) -> None:
     """Fill the convolutional stem of a new student with the weights of EfficientNet-Lite0."""
-    _stem(radio, f"init: {efficientnet.NAME}").network.load_state_dict(efficientnet.folded_trunk())
+    _stem(radio, f"init: {efficientnet.NAME}").network.load_state_dict(efficientnet.folded_network())
 
 
 def _stem(radio: RadioModel, setting: str) -> EfficientNetStem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from amradio.distill.config import TeacherConfig
 from amradio.distill.crops import cut_mosaic, make_mosaic
 from amradio.distill.targets import TargetCache, Targets
 from amradio.errors import ConfigError
+from amradio.features.manifest import weights_digest
 from amradio.weights.checkpoint import torch_dtype
 
 Spec: TypeAlias = str | Callable[..., Any]
@@ -71,12 +73,15 @@ class Teacher:
         """Width D of its features."""
         return int(self.backbone.embed_dim)
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """What is known of its weights, for reports and fingerprints."""
+        """What is known of its weights, for reports and fingerprints; a digest of them where nothing else tells."""
         identity = self.backbone.identity if isinstance(self.backbone, HasIdentity) else None
         names = ("source", "version", "sha256", "revision", "license")
-        return {"backbone": self.config.backbone} | {n: getattr(identity, n, None) for n in names}
+        facts = {"backbone": self.config.backbone} | {n: getattr(identity, n, None) for n in names}
+        if not facts["sha256"] and not facts["revision"] and isinstance(self.backbone, nn.Module):
+            facts["sha256_of_weights"] = weights_digest(self.backbone)
+        return facts
 
     def side(self, student_side: int) -> int:
         """Side in pixels of the pictures that it sees when the student sees `student_side`."""

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 import torch
 
-TrainStage = Literal["data", "teachers", "student", "optimizer", "other"]
+TrainStage = Literal["data", "teachers", "student", "optimizer", "saving", "hooks", "other"]
 STAGES: tuple[TrainStage, ...] = get_args(TrainStage)
+_OF_A_STEP = ("teachers", "student", "optimizer")  # work that a GPU does while the CPU goes on
 
 
 class StepClock:
@@ -31,8 +32,8 @@ class StepClock:
 
     @contextmanager
     def stage(self, name: TrainStage) -> Iterator[None]:
-        """Time a stage. Waiting for data is timed on the CPU, work on the device."""
-        if self._cuda and name != "data":
+        """Time a stage. The work of a step is timed on the device, everything else on the CPU."""
+        if self._cuda and name in _OF_A_STEP:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield

@@ -104,6 +104,8 @@ class ViTConfig:
                 f"The stem {self.stem!r} takes 3 channels to patches of 16 pixels, got in_chans={self.in_chans} and "
                 f"patch_size={self.patch_size}."
             )
+        if self.stem != "patch" and not self.num_cls_tokens:
+            raise ConfigError(f"The stem {self.stem!r} needs at least one class token, got num_cls_tokens=0.")
 
     @property
     def num_prefix_tokens(self) -> int:

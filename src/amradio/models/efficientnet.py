@@ -164,6 +164,7 @@ class EfficientNetLite(EfficientNetTrunk):
 
     Args:
         stride: Of the feature map: 32 (the last stage, 320 channels) or 16 (the last stage at that stride, 112).
+        folded: See `EfficientNetTrunk`.
 
     Attributes:
         width: Channels of the feature map.
@@ -172,13 +173,13 @@ class EfficientNetLite(EfficientNetTrunk):
         OptionError: There is no map of this stride.
     """
 
-    def __init__(self, stride: int = 32) -> None:
+    def __init__(self, stride: int = 32, folded: bool = False) -> None:
         if stride not in STAGE_OF_STRIDE:
             raise OptionError(f"stride must be one of {list(STAGE_OF_STRIDE)}, got {stride}.")
-        super().__init__()
+        super().__init__(folded)
         self.stride = stride
         self.width = LITE0[STAGE_OF_STRIDE[stride]].width
-        self.head = ConvNorm(LITE0[-1].width, HEAD_WIDTH, 1)
+        self.head = ConvNorm(LITE0[-1].width, HEAD_WIDTH, 1, folded=folded)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -190,7 +191,12 @@ class EfficientNetLite(EfficientNetTrunk):
             The pooled vector [B, 1280], which the classifier would get, and the map [B, width, H/stride, W/stride].
         """
         maps = self.maps(images)
-        return self.head(maps[32]).mean(dim=(2, 3)), maps[self.stride]
+        return self.pooled(maps[32]), maps[self.stride]
+
+    def pooled(self, last: Tensor) -> Tensor:
+        """The pooled vector [B, 1280] of the map of stride 32 [B, 320, h, w]."""
+        vector: Tensor = self.head(last).mean(dim=(2, 3))  # [B, 1280]
+        return vector
 
 
 def folded_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from amradio.models.stem import EfficientNetStem
 POSITION_DROPOUT = 0.1
 MIN_CROP = math.sqrt(0.1)
 MAX_ASPECT = 4 / 3
+
+Uniform: TypeAlias = Callable[[tuple[int, ...]], Tensor]
+"""Gives numbers in [0, 1) of a shape whose first axis are images, or videos in video mode."""
 
 
 class PrefixTokens(nn.Module):
@@ -53,6 +57,7 @@ class PatchGenerator(nn.Module):
         self.config = config
         self.interpolation = interpolation
         self.num_video_frames: int | None = None
+        self._uniform: Uniform | None = None
         self._cache = TensorCache()
         c, rows = config.embed_dim, config.position_grid[0] * config.position_grid[1]
         if config.position_of_prefix:
@@ -60,7 +65,7 @@ class PatchGenerator(nn.Module):
         self.embedder: nn.Module = (
             nn.Linear(config.in_chans * config.patch_size**2, c, bias=config.patch_bias)
             if config.stem == "patch"
-            else EfficientNetStem(c)
+            else EfficientNetStem(c, config.num_cls_tokens)
         )
         self.pos_embed = nn.Parameter(torch.randn(1, rows, c) * c**-0.5)
         self.cls_token = PrefixTokens(config.num_prefix_tokens, c) if config.num_prefix_tokens else None
@@ -81,19 +86,24 @@ class PatchGenerator(nn.Module):
         """
         p = self.config.patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
-        x = self.embed_patches(images)  # [B, h*w, C]
+        whole: Tensor | None = None
+        if self.config.stem == "patch":
+            x = self.embed_patches(images)  # [B, h*w, C]
+        else:
+            x, whole = self.embedder(images)  # [B, h*w, C], [B, num_cls, C]
         x = x + self.positions(x.shape[0], grid)
         if self.cls_token is not None:
             prefix: Tensor = self.cls_token.token
             if self.config.position_of_prefix:
                 prefix = prefix + self.pos_embed[0, : prefix.shape[0]]
-            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, prefix + h*w, C]
+            prefix = prefix.expand(x.shape[0], -1, -1)  # [B, prefix, C]
+            if whole is not None:
+                prefix = prefix + F.pad(whole, (0, 0, 0, self.config.num_registers))
+            x = torch.cat([prefix, x], dim=1)  # [B, prefix + h*w, C]
         return x if self.patch_normalizer is None else self.patch_normalizer(x)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Cut images [B, in_chans, H, W] into patches (channel, row, column order) and embed them: [B, h*w, C]."""
-        if self.config.stem != "patch":
-            return self.embedder(images)  # type: ignore[no-any-return]
         b, chans, height, width = images.shape
         p = self.config.patch_size
         x = images.reshape(b, chans, height // p, p, width // p, p)  # [B, chans, h, P, w, P]
@@ -116,7 +126,7 @@ class PatchGenerator(nn.Module):
         """
         if self.training and self.config.position in ("cpe", "window"):
             positions = self.training_positions(batch, grid)  # [B or 1, h*w, C]
-            keep = torch.rand(batch, 1, 1, device=positions.device) > POSITION_DROPOUT
+            keep = self._rand(batch, 1, 1) > POSITION_DROPOUT  # [B, 1, 1]
             return torch.where(keep, positions, torch.zeros_like(positions))
         if not caching_is_safe():
             return self._resized(grid)
@@ -148,10 +158,10 @@ class PatchGenerator(nn.Module):
             )
         n, device = batch // frames, self.pos_embed.device
         log_aspect = math.log(MAX_ASPECT)
-        scale = MIN_CROP + (1 - MIN_CROP) * torch.rand(n, 1, 1, device=device)  # [n, 1, 1]
-        aspect = torch.exp(torch.rand(n, 1, 1, device=device) * (2 * log_aspect) - log_aspect)  # [n, 1, 1]
+        scale = MIN_CROP + (1 - MIN_CROP) * self._rand(n, 1, 1)  # [n, 1, 1]
+        aspect = torch.exp(self._rand(n, 1, 1) * (2 * log_aspect) - log_aspect)  # [n, 1, 1]
         size = torch.stack([scale * aspect, scale / aspect], dim=-1).clamp(0, 1)  # [n, 1, 1, 2], x then y
-        origin = torch.rand(n, 1, 1, 2, device=device) * (1 - size)  # [n, 1, 1, 2]
+        origin = self._rand(n, 1, 1, 2) * (1 - size)  # [n, 1, 1, 2]
         x = torch.linspace(0, 1, grid[1], device=device).view(1, 1, -1).expand(n, grid[0], -1)  # [n, h, w]
         y = torch.linspace(0, 1, grid[0], device=device).view(1, -1, 1).expand(n, -1, grid[1])  # [n, h, w]
         where = (origin + size * torch.stack([x, y], dim=-1)) * 2 - 1  # [n, h, w, 2]
@@ -182,6 +192,27 @@ class PatchGenerator(nn.Module):
             yield
         finally:
             self.num_video_frames = before
+
+    @contextmanager
+    def drawing_from(self, uniform: Uniform) -> Iterator[None]:
+        """Let random crops and dropout come from `uniform` instead of torch's own generator.
+
+        Training that is spread over processes gives each of them its rows of what one process would draw.
+
+        Args:
+            uniform: Gives the numbers, on any device; asked anew for each use.
+        """
+        before, self._uniform = self._uniform, uniform
+        try:
+            yield
+        finally:
+            self._uniform = before
+
+    def _rand(self, *shape: int) -> Tensor:
+        """Uniform numbers on the device of the positions."""
+        if self._uniform is None:
+            return torch.rand(shape, device=self.pos_embed.device)
+        return self._uniform(shape).to(self.pos_embed.device)
 
     def _position_map(self) -> Tensor:
         """The stored grid as a float32 map [1, C, rows, cols]."""

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amradio.distill.hadamard import equalizing_rotation, hadamard
 from amradio.errors import OptionError
+from amradio.statistics.hadamard import equalizing_rotation, hadamard
 
 # Multiples of 4 up to 128 that the three constructions reach; the first ones that need others are 52, 92, 100 and 116.
 ORDERS = [n for n in range(4, 129, 4) if n not in (52, 92, 100, 116)]

@@ -61,7 +61,7 @@ class Moments:
         rows = features.detach().reshape(-1, self.dim)  # [N, D]
         if not bool(torch.isfinite(rows).all()):
             raise OptionError(
-                "The statistics cannot be updated: some features are NaN or infinite. Check the teacher's dtype; "
+                "The statistics cannot be updated: some features are NaN or infinite. Check the model's dtype; "
                 "float16 overflows above 65,504."
             )
         for part in rows.split(_ROWS_AT_ONCE):  # a copy in float64 of some rows only
@@ -123,4 +123,40 @@ class Moments:
         offset = mean - self.mean
         self._scatter = self._scatter + scatter + torch.outer(offset, offset) * (self.count * count / total)
         self.mean = self.mean + offset * (count / total)
+        self.count = total
+
+
+class ChannelMoments:
+    """Running mean and variance of each channel: `Moments` without what lies off the diagonal.
+
+    Args:
+        dim: Width D of the features.
+
+    Attributes:
+        dim: See above.
+        count: Rows seen.
+        mean: float64 [D].
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dtype=torch.float64)
+
+    @property
+    def variance(self) -> Tensor:
+        """float64 [D], with divisor N: the mean squared distance from the mean."""
+        return self._scatter / max(self.count, 1)
+
+    def update(self, features: Tensor) -> None:
+        """Add rows [..., D]."""
+        rows = features.detach().reshape(-1, self.dim).double().cpu()  # [N, D]
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        total = self.count + len(rows)
+        offset = mean - self.mean
+        self._scatter += (rows - mean).square().sum(0) + offset.square() * (self.count * len(rows) / total)
+        self.mean = self.mean + offset * (len(rows) / total)
         self.count = total

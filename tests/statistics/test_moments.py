@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amradio.distill import statistics
-from amradio.distill.statistics import Moments
 from amradio.distributed import Group
 from amradio.errors import CheckpointError, OptionError
+from amradio.statistics import moments as module
+from amradio.statistics.moments import ChannelMoments, Moments
 
 
 def of(*batches: Tensor, dim: int = 5) -> Moments:
@@ -49,7 +49,7 @@ def test_batches_and_merges_equal_the_whole(
     bounds = [0, *sorted(cuts), 60]
     parts = [rows[a:b] for a, b in itertools.pairwise(bounds)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_ROWS_AT_ONCE", at_once)
+        patch.setattr(module, "_ROWS_AT_ONCE", at_once)
         streamed = of(*parts)
         merged = Moments(5)
         for part in parts:
@@ -147,3 +147,15 @@ def test_mistakes_are_explained() -> None:
         moments.merge(Moments(6))
     with pytest.raises(OptionError, match="at least 1"):
         Moments(0)
+
+
+def test_moments_of_channels_are_the_diagonal() -> None:
+    rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+    found = ChannelMoments(4)
+    assert found.variance.tolist() == [0, 0, 0, 0]
+    for part in rows.split(7):
+        found.update(part[None])
+    found.update(rows[:0])
+    assert found.count == 50
+    assert np.allclose(found.mean.numpy(), rows.numpy().mean(0), rtol=1e-12)
+    assert np.allclose(found.variance.numpy(), rows.numpy().var(0), rtol=1e-10)
