@@ -112,6 +112,19 @@ def test_other_options(data: str, checkpoint: str, tmp_path: Path, capsys: pytes
         (["--resolution", "40", "--resolution", "48", "--memory-out", "m"], "A memory belongs to one model at one"),
         (["--resolution", "40", "--pictures", "-1"], "--pictures must be at least 0"),
         (["--resolution", "40", "--mode", "crop"], "A centre crop leaves out what is to be scored"),
+        (
+            ["--fungi-keep", "1", "--fungi-layer", "x"],
+            "Without --fungi there are no gradients for --fungi-layer, --fungi",
+        ),
+        (["--fungi", "--fungi-projection", "sgn"], "Unknown projection 'sgn'. Known: sign, rank-one-4, tensor-sketch"),
+        (["--fungi", "--fungi-negatives", "0"], "negatives_per_token must be at least 1, got 0"),
+        (["--fungi", "--fungi-support-size", "0"], "--fungi-support-size must be at least 1, got 0"),
+        (["--fungi", "--fungi-support-neighbours", "-1"], "--fungi-support-neighbours must be at least 1, got -1"),
+        (["--fungi", "--layer", "0"], "--fungi takes gradients of the whole backbone"),
+        (
+            ["--fungi", "--protocol", "fungi-paper", "--fungi-negatives", "9"],
+            "--fungi-negatives 9 is more than the 5 neighbours that negatives are mixed from under fungi-paper",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -119,6 +132,45 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     assert main(words(data, checkpoint, *more)) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_gradients_with_a_support_index_of_an_earlier_run(
+    data: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory, size = str(tmp_path / "memory.safetensors"), ["--resolution", "40", "48", "--memory-size", "60", "--json"]
+    fungi = ["--fungi", "--fungi-projection", "rank-one-4", "--fungi-latent-dim", "8"]
+    assert main(words(data, checkpoint, *size, "--memory-out", memory)) == 0
+    capsys.readouterr()
+    found = []
+    for more in ([], ["--fungi-support", memory], ["--fungi-support-size", "20"], ["--protocol", "fungi-paper"]):
+        assert main(words(data, checkpoint, *size, *fungi, *more)) == 0
+        (report,) = json.loads(capsys.readouterr().out)["reports"]
+        assert report["model"]["embed_dim"] == 32
+        words_of_model = "interleaved, raw" if "fungi-paper" in more else "neighbours, tempered"
+        assert f"dense FUNGI (rank-one-4, {words_of_model})" in report["model"]["name"]
+        found.append((report["metrics"]["miou"]["value"], report["metrics"]["pixel_accuracy"]["value"]))
+    assert found[0] == found[1]
+    assert main(words(data, checkpoint, *size, "--memory-out", memory, "--layer", "0")) == 0
+    capsys.readouterr()
+    assert main(words(data, checkpoint, *size, *fungi, "--fungi-support", memory)) == 1
+    assert "holds features of block 0 of" in capsys.readouterr().out
+
+
+def test_a_support_index_of_another_model_is_refused(
+    data: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    import amradio
+
+    model = amradio.load(checkpoint)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim == 2).add_(1)
+    other = str(amradio.save(model, tmp_path / "other"))
+    memory = str(tmp_path / "memory.safetensors")
+    assert main(words(data, other, "--resolution", "40", "--memory-out", memory)) == 0
+    assert main(words(data, checkpoint, "--resolution", "40", "--fungi", "--fungi-support", memory)) == 1
+    assert "needs this model's own, of the same weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_search_options_reach_the_evaluation() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from amradio.errors import OptionError
-from amradio.viz import fit_basis, pca_rgb, side_by_side, to_picture
+from amradio.viz import PCAStyle, fit_basis, pca_pictures, pca_rgb, side_by_side, to_picture
 from amradio.viz.pca import PCABasis, colour_range
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "radio" / "cases" / "metrics.safetensors"
@@ -152,3 +152,61 @@ def test_side_by_side():
         (0, 0, 255),
         (9, 9, 9),
     ]
+
+
+def test_the_full_range_counts_outliers():
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    basis = fit_basis(x, robust=False)
+    colours = (x.double() @ basis.matrix).numpy()
+    np.testing.assert_allclose(basis.minimum, colours.min(0))
+    np.testing.assert_allclose(basis.maximum, colours.max(0))
+    assert (fit_basis(x).maximum <= basis.maximum).all()
+    with pytest.raises(OptionError, match="skip must be at least 0, got -1"):
+        fit_basis(x, skip=-1)
+
+
+def maps_and_photos(count=3):
+    g = torch.Generator().manual_seed(1)
+    maps = [torch.randn(4, 5 + i, 6, generator=g) * torch.tensor([5.0, 4, 3, 1, 1, 1]) for i in range(count)]
+    return maps, [Image.new("RGB", (40 + i, 32), (10 * i, 80, 90)) for i in range(count)]
+
+
+def test_pictures_with_a_joint_basis_are_coloured_alike():
+    maps, photos = maps_and_photos()
+    pictures = pca_pictures(maps, photos, PCAStyle(upsample="nearest"))
+    basis = fit_basis(maps)
+    for features, photo, picture in zip(maps, photos, pictures, strict=True):
+        assert (picture.mode, picture.size) == ("RGB", photo.size)
+        expected = to_picture(pca_rgb(features, basis), (32, photo.width), "nearest")
+        np.testing.assert_array_equal(picture, expected)
+    alone = pca_pictures(maps, photos, PCAStyle(joint=False))
+    np.testing.assert_array_equal(alone[1], pca_pictures([maps[1]], [photos[1]])[0])
+    assert not np.array_equal(alone[1], pca_pictures(maps, photos)[1])
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "guided"])
+def test_pictures_are_the_same_again(method):
+    maps, photos = maps_and_photos()
+    style = PCAStyle(upsample=method, foreground=True)
+    once, again = (b"".join(p.tobytes() for p in pca_pictures(maps, photos, style)) for _ in range(2))
+    assert once == again
+
+
+def test_the_background_is_dark_and_takes_no_part_in_the_colours():
+    features = 0.1 * torch.randn(12, 12, 6, generator=torch.Generator().manual_seed(0))
+    inside = torch.zeros(12, 12, dtype=torch.bool)
+    inside[3:9, 4:9] = True
+    features[inside] += torch.tensor([9.0, 0, 0, 0, 0, 0])
+    features[inside] += torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
+    photo = Image.new("RGB", (12, 12))
+    pixels = np.asarray(pca_pictures([features], [photo], PCAStyle(foreground=True, upsample="nearest"))[0])
+    assert (pixels[~inside.numpy()] == round(255 * 0.08)).all()
+    expected = fit_basis(features[inside]).rgb(features[inside]).numpy()
+    np.testing.assert_allclose(pixels[inside.numpy()] / 255, expected, atol=0.5 / 255 + 1e-6)
+
+
+def test_red_is_the_first_component():
+    ramp = torch.linspace(-1, 1, 9)[None, :, None] * torch.tensor([1.0, 0, 0, 0])
+    pixels = np.asarray(to_picture(pca_rgb(ramp, fit_basis(ramp, robust=False))))
+    assert (np.diff(pixels[0, :, 0].astype(int)) > 0).all()
+    assert (pixels[..., 1:] == 128).all()

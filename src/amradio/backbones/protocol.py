@@ -69,6 +69,25 @@ class HasIntermediates(Protocol):
 
 
 @runtime_checkable
+class HasAttention(Protocol):
+    """A backbone that shows how its class and register tokens attend."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels between two patches."""
+        ...
+
+    @property
+    def num_cls_tokens(self) -> int:
+        """Class tokens, which come before the registers."""
+        ...
+
+    def prefix_attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """See `amradio.models.radio.RadioModel.prefix_attention`."""
+        ...
+
+
+@runtime_checkable
 class HasText(Protocol):
     """A backbone whose summaries live in a text tower's space."""
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from amradio.cli.app import App
 from amradio.cli.arguments import normalise
 from amradio.cli.compare import Compare
 from amradio.cli.convert import Convert
@@ -26,14 +27,17 @@ from amradio.cli.features import Features
 from amradio.cli.info import Info
 from amradio.cli.models import Models
 from amradio.cli.reproduce import Reproduce
+from amradio.cli.visualize import Visualize
 from amradio.errors import AmradioError
 
 COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
+    "app": App,
     "models": Models,
     "info": Info,
     "features": Features,
     "embed": Embed,
+    "visualize": Visualize,
     "eval": Evaluate,
     "compare": Compare,
     "reproduce": Reproduce,

@@ -94,49 +94,35 @@ class Demo:
 
     def _maps(self, page: Page, model: Any, photos: list[tuple[str, Any]]) -> None:
         """Photos beside their feature maps, in colours that mean the same in all of them."""
-        import torch
-
+        from amradio.features import feature_maps
         from amradio.images import ResizePolicy
-        from amradio.viz import fit_basis, pca_rgb, side_by_side, to_picture
+        from amradio.viz import pca_pictures, side_by_side
 
         policy = ResizePolicy.parse([448], "shortest", multiple=model.min_resolution_step)
-        shown, maps = [], []
-        for _, photo in photos:
-            pixels = policy.pixels(photo)  # uint8 [3, H, W]
-            with torch.inference_mode():
-                images = pixels[None].to(device_of(self.device)).float() / 255
-                maps.append(model(images, feature_fmt="NHWC").features[0].float().cpu())  # [h, w, D]
-            shown.append(pixels)
-        basis = fit_basis(maps)
+        found = list(feature_maps(model, [photo for _, photo in photos], policy))
+        drawn = pca_pictures([one.features for one in found], [one.photo for one in found])
         page.heading("Feature maps")
         page.text(
             "The three strongest directions of the feature maps as red, green and blue. One basis serves all photos, "
             "so equal colours mean similar features."
         )
-        from PIL import Image
-
-        for (name, _), pixels, found in zip(photos, shown, maps, strict=True):
-            photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            drawn = to_picture(pca_rgb(found, basis), (photo.height, photo.width))
-            page.picture(side_by_side([photo, drawn]), name, photo=True)
+        for (name, _), one, colours in zip(photos, found, drawn, strict=True):
+            page.picture(side_by_side([one.photo, colours]), name, photo=True)
 
     def _zero_shot(self, page: Page, photos: list[tuple[str, Any]]) -> None:
         """The words that photos are most similar to."""
-        import torch
-
         from amradio.backbones.dispatch import load_backbone
+        from amradio.features import feature_maps
         from amradio.images import ResizePolicy
+        from amradio.viz import similarity_map
 
         view: Any = load_backbone(self.model, adaptor=_TEXT_ADAPTOR, device=device_of(self.device))
         words = list(self.words) or _WORDS
         text = view.encode_text(view.tokenizer([_TEMPLATE.format(word) for word in words]), normalize=True)
         policy = ResizePolicy.parse([224, 224], "crop", multiple=view.min_resolution_step)
         rows = []
-        for name, photo in photos:
-            with torch.inference_mode():
-                images = policy.pixels(photo)[None].to(device_of(self.device)).float() / 255
-                summary = torch.nn.functional.normalize(view(images).summary.float(), dim=-1)[0]
-            best = (text.to(summary) @ summary).topk(min(3, len(words)))
+        for (name, _), one in zip(photos, feature_maps(view, [photo for _, photo in photos], policy), strict=True):
+            best = similarity_map(text[None], one.summary)[0].topk(min(3, len(words)))  # of [1, words]
             answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             rows.append([name, ", ".join(f"{words[i]} ({value:.2f})" for i, value in answers)])
         page.heading("In words")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from amradio.cli.evaluate_features import CompareFeatures, FeatureStats, ModeSwitching
 from amradio.cli.evaluate_in_context import InContext
 from amradio.cli.evaluate_linear_seg import LinearSeg
 from amradio.cli.evaluate_position import Position
@@ -152,6 +153,9 @@ class Evaluate:
         | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
         | Annotated[Position, tyro.conf.subcommand("position")]
         | Annotated[InContext, tyro.conf.subcommand("in-context")]
+        | Annotated[ModeSwitching, tyro.conf.subcommand("mode-switching")]
+        | Annotated[FeatureStats, tyro.conf.subcommand("feature-stats")]
+        | Annotated[CompareFeatures, tyro.conf.subcommand("compare-features")]
         | Annotated[LinearSeg, tyro.conf.subcommand("linear-seg")]
     )
 

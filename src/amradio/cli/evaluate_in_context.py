@@ -151,6 +151,7 @@ class InContext(DenseFungiOptions, SegmentationOptions):
                 "A memory belongs to one model at one resolution: --memory-out and --memory-in take one --model and "
                 "one --resolution."
             )
+        self.check_gradients(self.protocol)
         if self.fungi and self.layer is not None:
             raise OptionError("--fungi takes gradients of the whole backbone, so it cannot be combined with --layer.")
         if self.pictures < 0:

@@ -95,6 +95,22 @@ class EvalCommand(PictureOptions, ABC):
 
         return policy_for(backbone, resolution, None if self.mode == "auto" else self.mode, self.resize_multiple)
 
+    def policies(self, backbone: Backbone) -> list[ResizePolicy]:
+        """The sizes that are evaluated one by one."""
+        return [self.policy(backbone, size) for size in self.resolution or ((),)]
+
+    def amount(self, images: dict[str, Any], backbone: Backbone) -> int:
+        """How many pictures go through a backbone at each of these sizes; for the progress bar."""
+        return sum(map(len, images.values()))
+
+    def draw(self, report: EvalReport, path: Path) -> None:
+        """Write what belongs beside a report.
+
+        Args:
+            report: Was written already.
+            path: Of its files, without ending.
+        """
+
     def prepared(self, backbone: Backbone, images: dict[str, Any]) -> Backbone:
         """The backbone that is evaluated, of the one that was loaded; called once for each model."""
         return backbone
@@ -174,12 +190,11 @@ class EvalCommand(PictureOptions, ABC):
 
         images = self.open()
         device = device_of(self.device) if group is None else group.device
-        total = sum(map(len, images.values()))
         step = 1 if group is None else group.world_size  # the other processes are about as far
         for spec in self.model or (DEFAULT_MODEL,):
             backbone = self.prepared(self._load(spec, device, group, bars), images)
-            policies = [self.policy(backbone, size) for size in self.resolution or ((),)]
-            for policy in policies:
+            total = self.amount(images, backbone)
+            for policy in self.policies(backbone):
                 setup = Setup(policy, self.extract_options(device), group)
                 with progress_bar(total, f"{spec}, {policy}", enabled=bars) as advance:
                     # A default argument, because `advance` is another function in the next round.
@@ -197,7 +212,9 @@ class EvalCommand(PictureOptions, ABC):
     def _keep(self, report: EvalReport) -> None:
         """Write a report as soon as it is there, so that a later failure does not lose it."""
         if self.output is not None:
-            report.save(_free_name(self.output, report))
+            path = _free_name(self.output, report)
+            report.save(path)
+            self.draw(report, path)
         if self.csv_out is not None:
             from amradio.evals.report import append_csv
 
@@ -217,13 +234,14 @@ class EvalCommand(PictureOptions, ABC):
             print(json.dumps({"reports": [r.to_dict() for r in reports]}, indent=2))
             return
         for report in reports:
-            _print_problems(report)
+            print_problems(report)
         print(table(*sweep_table(reports)))
         if self.output is not None:
             print(f"\nreports are in {self.output}")
 
 
-def _print_problems(report: EvalReport) -> None:
+def print_problems(report: EvalReport) -> None:
+    """Say on standard error what a reader of the numbers has to know, and which pictures failed."""
     for note in report.notes:
         print(f"note: {report.label}: {note}", file=sys.stderr)
     for role, record in report.dataset.items():

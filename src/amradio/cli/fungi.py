@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from amradio.backbones.protocol import Backbone
-    from amradio.evals.in_context import InContextConfig
+    from amradio.evals.in_context import InContextConfig, MemoryBank
     from amradio.evals.runner import Setup
+    from amradio.fungi import DenseConfig
     from amradio.images.segmentation import SegmentationSet
 
 _TORCH_SUFFIXES = (".pth", ".pt")
@@ -30,7 +31,7 @@ class DenseFungiOptions:
     fungi_latent_dim: int = 96
     """Width of the latents that are contrasted."""
     fungi_negatives: int = 2
-    """Negatives of each token: its nearest neighbours among patches of other pictures."""
+    """Negatives of each token: its nearest neighbours among the patches of the memory."""
     fungi_keep: float = 0.5
     """Share of the negatives that is used, chosen by numbers that belong to the picture."""
     fungi_projection: str = "sign"
@@ -61,23 +62,53 @@ class DenseFungiOptions:
             OptionError: Options contradict each other, or the support index does not fit the backbone.
             CapabilityError: The backbone has no such layer.
         """
-        from amradio.fungi import DenseConfig, DenseFungiBackbone, SupportIndex
+        from amradio.fungi import DenseFungiBackbone, SupportIndex
 
-        paper = config.protocol.name == "fungi-paper"
-        dense = DenseConfig.of_protocol(
-            "fungi-paper" if paper else "clean",
+        wrapped = DenseFungiBackbone(backbone, self._dense(config.protocol.name, config.seed))
+        rows = self._rows(backbone, train, config, setup)
+        neighbours = min(self.fungi_support_neighbours, len(rows))
+        wrapped.set_support(SupportIndex(rows.to(setup.options.device), neighbours=neighbours))
+        return wrapped
+
+    def check_gradients(self, protocol: str) -> None:
+        """Refuse what cannot be, before anything is read.
+
+        Args:
+            protocol: Of the evaluation.
+
+        Raises:
+            OptionError: There are options of gradients but no --fungi, or an option is out of its range.
+        """
+        if not self.fungi:
+            changed = [f.name for f in fields(DenseFungiOptions) if getattr(self, f.name) != f.default]
+            if changed:
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+                raise OptionError(f"Without --fungi there are no gradients for {names}. Add --fungi.")
+            return
+        for name in ("fungi_support_size", "fungi_support_neighbours"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        dense = self._dense(protocol, 0)
+        if dense.negatives == "interleaved" and dense.negatives_per_token > self.fungi_support_neighbours:
+            raise OptionError(
+                f"--fungi-negatives {dense.negatives_per_token} is more than the {self.fungi_support_neighbours} "
+                f"neighbours that negatives are mixed from under {protocol}. Choose fewer, or a larger "
+                "--fungi-support-neighbours."
+            )
+
+    def _dense(self, protocol: str, seed: int) -> DenseConfig:
+        from amradio.fungi import DenseConfig
+
+        return DenseConfig.of_protocol(
+            "fungi-paper" if protocol == "fungi-paper" else "clean",
             layer=self.fungi_layer,
             latent_dim=self.fungi_latent_dim,
             negatives_per_token=self.fungi_negatives,
             keep=self.fungi_keep,
             projection=self.fungi_projection,
-            seed=config.seed,
+            seed=seed,
         )
-        wrapped = DenseFungiBackbone(backbone, dense)
-        rows = self._rows(backbone, train, config, setup)
-        neighbours = min(max(self.fungi_support_neighbours, self.fungi_negatives), len(rows))
-        wrapped.set_support(SupportIndex(rows.to(setup.options.device), neighbours=neighbours))
-        return wrapped
 
     def _rows(self, backbone: Backbone, train: SegmentationSet, config: InContextConfig, setup: Setup) -> Tensor:
         from amradio.evals.in_context import build_memory, load_memory
@@ -85,10 +116,27 @@ class DenseFungiOptions:
         if self.fungi_support is not None:
             if self.fungi_support.suffix in _TORCH_SUFFIXES:
                 return load_rows(self.fungi_support)
-            return load_memory(self.fungi_support).features
+            bank = load_memory(self.fungi_support)
+            _check_support(bank, backbone, self.fungi_support)
+            return bank.features
         sizes = config.memory_sizes if self.fungi_support_size is None else (self.fungi_support_size,)
         own = replace(config, memory_sizes=sizes, layer=None, k=1)
         return build_memory(backbone, train, own, setup).features
+
+
+def _check_support(bank: MemoryBank, backbone: Backbone, path: Path) -> None:
+    """Refuse a memory of other features, which would have neighbours as well, only meaningless ones."""
+    from amradio.evals.runner import model_record
+
+    own, made = model_record(backbone), bank.about.get("model", {})
+    same = all(own.get(name) == made.get(name) for name in ("adaptor", "sha256", "sha256_of_weights"))
+    layer = bank.about.get("layer")
+    if not same or layer is not None:
+        what = made.get("name") if layer is None else f"block {layer} of {made.get('name')}"
+        raise OptionError(
+            f"The memory {path} holds features of {what}, and the support index of {own['name']} needs this model's "
+            "own, of the same weights. Make it with --memory-out, without --fungi and --layer."
+        )
 
 
 def load_rows(path: Path) -> Tensor:

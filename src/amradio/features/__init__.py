@@ -16,15 +16,18 @@ from amradio.features.embed import EmbedOptions, embed
 from amradio.features.embeddings import Embeddings, load_embeddings
 from amradio.features.extract import extract
 from amradio.features.job import run_job
+from amradio.features.maps import AttentionMap, FeatureMap, attention_map, feature_map, feature_maps
 from amradio.features.runner import ExtractOptions, FeatureModel, FeatureRecord, Keep
 from amradio.features.timing import StageTimer
 from amradio.features.writer import FeatureWriter, WriterOptions
 
 __all__ = [
+    "AttentionMap",
     "EmbedOptions",
     "Embeddings",
     "ExtractOptions",
     "Failure",
+    "FeatureMap",
     "FeatureModel",
     "FeatureRecord",
     "FeatureTable",
@@ -32,9 +35,12 @@ __all__ = [
     "Keep",
     "StageTimer",
     "WriterOptions",
+    "attention_map",
     "collect",
     "embed",
     "extract",
+    "feature_map",
+    "feature_maps",
     "load_embeddings",
     "run_job",
 ]

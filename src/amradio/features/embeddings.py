@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,20 @@ def load_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
             f"The embeddings in {path} are not complete. The command that made them, given again, does the rest."
         )
     return Embeddings(path, manifest)
+
+
+class ShardFeatures(NamedTuple):
+    """The feature maps of n pictures, one after the other.
+
+    Attributes:
+        tokens: [T, D] features, row by row of each map.
+        offsets: int64 [n + 1]: the first token of each picture, and T.
+        grids: int [n, 2]: height and width of each map.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    grids: Tensor
 
 
 class Embeddings:
@@ -115,6 +129,18 @@ class Embeddings:
             height, width = file.get_slice(f"{name}.grids")[local : local + 1][0].tolist()
             tokens: Tensor = file.get_slice(f"{name}.features")[start:stop]  # [h*w, D]
         return tokens.T.reshape(-1, height, width)  # [D, h, w]
+
+    def shards_of_features(self, name: str = "backbone") -> Iterator[ShardFeatures]:
+        """All feature maps of an output, a shard at a time, as they were stored.
+
+        Raises:
+            OptionError: There is no such output, or feature maps were not kept.
+        """
+        self._check(name, "all")
+        for shard in np.flatnonzero(np.diff(self._starts)).tolist():
+            with _opened(self.folder, shard) as file:
+                tensors = (file.get_tensor(f"{name}.{part}") for part in ("features", "offsets", "grids"))
+                yield ShardFeatures(*tensors)
 
     @cached_property
     def table(self) -> pa.Table:

@@ -139,7 +139,7 @@ def decode(
             )
         if isinstance(source, bytes):
             return _decode_stream(io.BytesIO(source), len(source), max_pixels, background, at_least)
-        with _open_regular_file(source) as file:
+        with open_regular_file(source) as file:
             return _decode_stream(file, os.fstat(file.fileno()).st_size, max_pixels, background, at_least)
     except ImageError as error:
         raise ImageError(f"Cannot decode {name}: {error}.") from error.__cause__
@@ -189,8 +189,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     return to_uint8_tensor(image).float().div_(255)
 
 
-def _open_regular_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file without ever blocking on a pipe or a device."""
+def open_regular_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file without ever blocking on a pipe or a device.
+
+    Raises:
+        ImageError: It cannot be opened, or is no file. The message has no name in it.
+    """
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

@@ -13,7 +13,7 @@ from amradio.errors import CapabilityError, ConfigError, OptionError, Resolution
 from amradio.models.adaptors import Adaptor
 from amradio.models.configs import ERadioConfig, RadioConfig, Resolution, ViTConfig
 from amradio.models.eradio import ERadio
-from amradio.models.intermediates import IntermediatesOptions, collect_intermediates
+from amradio.models.intermediates import IntermediatesOptions, collect_intermediates, take_indices
 from amradio.models.normalizers import FeatureNormalizer, InputConditioner, InterFeatureNormalizer
 from amradio.models.output import RadioOutput, arrange, check_feature_fmt
 from amradio.models.vit import Tokens, VisionTransformer
@@ -228,6 +228,29 @@ class RadioModel(nn.Module):
         if intermediates_only:
             return results
         return self._output_of_tokens(collected.final, images, output_fmt), results
+
+    def prefix_attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """Compute how the class and register tokens attend in one block.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            layer: Block index; negative ones count from the end.
+
+        Returns:
+            float32 [B, heads, P, P + L]: the softmax of each prefix token over the P prefix tokens (class tokens come
+            first) and the L patches, row-major.
+
+        Raises:
+            CapabilityError: The trunk is no vision transformer, has no prefix tokens, or the block is windowed.
+            OptionError: There is no such block.
+            ResolutionError: The image size is not supported.
+        """
+        trunk = self._vit("attention of prefix tokens")
+        if trunk.num_prefix_tokens == 0:
+            raise CapabilityError("The model has neither class nor register tokens whose attention could be seen.")
+        (block,) = take_indices([layer], len(trunk.blocks))
+        self._check_size(images)
+        return trunk.prefix_attention(self._conditioned(images), block)
 
     def view(self, name: str) -> Any:
         """One adaptor (or ``"backbone"``) as a model of its own, which returns a plain `RadioOutput`.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amradio.errors import CapabilityError
 from amradio.models.cache import caching_is_safe
 from amradio.models.configs import PositionInterpolation, ViTConfig
 from amradio.models.patches import PatchGenerator
@@ -50,13 +51,26 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over tokens [B, N, C]."""
         b, n, c = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)  # [B, N, 3, H, C/H]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x [B, H, N, C/H]
+        q, k, v = self._heads(x)
         if x.device.type == "cpu" and caching_is_safe() and n >= LONG_SEQUENCE:
             # All keys are read once for every few queries; interleaved as they are, each row is on a page of its own.
             k, v = k.contiguous(), v.contiguous()
         y = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, C/H]
         return self.proj(y.transpose(1, 2).reshape(b, n, c))  # type: ignore[no-any-return]  # [B, N, C]
+
+    def weights(self, x: Tensor, count: int) -> Tensor:
+        """How the first tokens of [B, N, C] spread their attention over all of them: float32 [B, H, count, N]."""
+        q, k, _ = self._heads(x)
+        logits = q[:, :, :count].float() @ k.float().transpose(-2, -1)  # [B, H, count, N]
+        weights: Tensor = (logits * q.shape[-1] ** -0.5).softmax(-1)
+        return weights
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens [B, N, C]: [B, H, N, C/H] each."""
+        b, n, c = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)  # [B, N, 3, H, C/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -130,6 +144,10 @@ class Block(nn.Module):
         """Apply to tokens [B, N, C]."""
         x = self._add(x, self.attn(self._normed(x, self.norm1)), self.ls1)
         return self._add(x, self.mlp(self._normed(x, self.norm2)), self.ls2)
+
+    def attention(self, x: Tensor, count: int) -> Tensor:
+        """Attention weights of the first tokens of the block's input [B, N, C]: float32 [B, H, count, N]."""
+        return self.attn.weights(self._normed(x, self.norm1), count)
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         y: Tensor = norm(x)
@@ -241,6 +259,34 @@ class VisionTransformer(nn.Module):
             state.apply(self._checkpointed(block))
             if i == stop or i in wanted:
                 yield i, state.tokens()
+
+    def prefix_attention(self, images: Tensor, block: int) -> Tensor:
+        """Compute how the prefix tokens attend in one block.
+
+        Args:
+            images: As for `forward`.
+            block: Index from 0.
+
+        Returns:
+            float32 [B, H, P, P + L], each row a distribution over prefix tokens and patches.
+
+        Raises:
+            CapabilityError: The block is windowed, and prefix tokens have no part in windows.
+        """
+        if self._global and not self._global[block]:
+            which = ", ".join(str(i) for i, is_global in enumerate(self._global) if is_global)
+            raise CapabilityError(
+                f"Prefix tokens take no part in block {block}, which attends within windows. Blocks without windows: "
+                f"{which}; or switch windows off."
+            )
+        if block == 0:
+            x = self.patch_generator(images)  # [B, P + L, C]
+        else:
+            ((_, tokens),) = self.run(images, (), stop=block - 1)
+            x = torch.cat(tokens, dim=1)  # [B, P + L, C]
+        chosen = self.blocks[block]
+        assert isinstance(chosen, Block)
+        return chosen.attention(x, self.num_prefix_tokens)
 
     def _checkpointed(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():

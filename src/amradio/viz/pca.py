@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amradio.errors import OptionError
+from amradio.viz.upsample import Upsampling, upsample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,12 +65,14 @@ class PCABasis:
         return scaled.where(extent > 0, 0.5).clamp(0, 1).float()
 
 
-def fit_basis(features: Tensor | Sequence[Tensor], *, skip: int = 0) -> PCABasis:
+def fit_basis(features: Tensor | Sequence[Tensor], *, skip: int = 0, robust: bool = True) -> PCABasis:
     """Fit the colours of one or several feature maps.
 
     Args:
         features: [..., C], or several of these with the same C, at the same or different sizes.
         skip: Leading components to leave out; the first often only tells the object from the background.
+        robust: Scale the colours between the extremes of what is not an outlier (`colour_range`); otherwise between the
+            extremes of all values.
 
     Returns:
         The basis. With fewer than ``3 + skip`` positions or channels the missing directions are zero.
@@ -77,10 +80,13 @@ def fit_basis(features: Tensor | Sequence[Tensor], *, skip: int = 0) -> PCABasis
     Raises:
         OptionError: There is no feature, widths differ, or values are not finite.
     """
-    x = _rows(features)
-    directions = _principal_directions(x, skip + CHANNELS)[:, skip:]  # [C, <= 3]
+    if skip < 0:
+        raise OptionError(f"skip must be at least 0, got {skip}.")
+    x = feature_rows(features)
+    directions = principal_directions(x, skip + CHANNELS)[:, skip:]  # [C, <= 3]
     matrix = F.pad(directions, (0, CHANNELS - directions.shape[1]))  # [C, 3]
-    minimum, maximum = colour_range(x @ matrix)
+    colours = x @ matrix  # [N, 3]
+    minimum, maximum = colour_range(colours) if robust else (colours.amin(dim=0), colours.amax(dim=0))
     return PCABasis(matrix, minimum, maximum)
 
 
@@ -124,25 +130,30 @@ def colour_range(colours: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_picture(
-    rgb: Tensor, size: tuple[int, int] | None = None, interpolation: Literal["bilinear", "nearest"] = "bilinear"
+    rgb: Tensor,
+    size: tuple[int, int] | None = None,
+    interpolation: Upsampling = "bilinear",
+    guide: Image | None = None,
 ) -> Image:
     """Turn colours into a picture, enlarged to the size of the photo they belong to.
 
     Args:
         rgb: [h, w, 3] in [0, 1].
         size: (height, width) in pixels; one pixel for each position if not given.
-        interpolation: ``bilinear`` (half-pixel centres) or ``nearest``, which shows the true grid.
+        interpolation: See `amradio.viz.upsample.Upsampling`; ``nearest`` shows the true grid.
+        guide: For ``guided``: the photo, of this size.
 
     Returns:
         A picture in RGB.
+
+    Raises:
+        OptionError: See `amradio.viz.upsample.upsample`.
     """
     from PIL import Image
 
-    maps = rgb.float().permute(2, 0, 1)[None]  # [1, 3, h, w]
-    if size is not None and tuple(size) != tuple(rgb.shape[:2]):
-        maps = F.interpolate(maps, size=size, mode=interpolation)  # [1, 3, H, W]
-    pixels = (maps[0].permute(1, 2, 0) * 255).round().to(torch.uint8)  # [H, W, 3]
-    return Image.fromarray(pixels.cpu().contiguous().numpy())
+    maps = rgb.float().cpu() if size is None else upsample(rgb.cpu(), size, interpolation, guide)  # [H, W, 3]
+    pixels = (maps.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.contiguous().numpy())
 
 
 def side_by_side(pictures: Sequence[Image], gap: int = 8, background: tuple[int, int, int] = (255, 255, 255)) -> Image:
@@ -172,8 +183,12 @@ def side_by_side(pictures: Sequence[Image], gap: int = 8, background: tuple[int,
     return canvas
 
 
-def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """All positions of all maps as float64 [N, C]."""
+def feature_rows(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """All positions of all maps as float64 [N, C].
+
+    Raises:
+        OptionError: There is no feature, widths differ, or values are not finite.
+    """
     maps = [features] if isinstance(features, Tensor) else list(features)
     if not maps or any(m.ndim < 1 or m.numel() == 0 for m in maps):
         raise OptionError("There are no features to fit colours on.")
@@ -189,8 +204,10 @@ def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
     return x  # [N, C]
 
 
-def _principal_directions(x: Tensor, count: int) -> Tensor:
-    """The directions of largest variance, [C, k] with k = min(count, rank).
+def principal_directions(x: Tensor, count: int) -> Tensor:
+    """The directions of largest variance of float64 [N, C]: [C, k], k = min(count, N, C), those without variance zero.
+
+    The sign of each is fixed: its entry of largest magnitude is positive.
 
     Exact eigen-decomposition of whichever is smaller, the covariance or the Gram matrix; the error of squaring the
     condition number only touches directions whose variance is 1e-16 of the largest.
