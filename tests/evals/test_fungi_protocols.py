@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,35 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from amradio.errors import OptionError
 from amradio.evals import retrieval_map, uniform_knn
 
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens" / "hbird_fungi"
-CASES = {c["name"]: c for c in json.loads((GOLDENS / "index.json").read_text(encoding="utf-8"))["cases"]}
 BLOCKS = ("embeddings", "kl", "simclr")
 
 
-def tensors(name: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDENS / CASES[name]["file"])
-
-
-def close(case: dict[str, Any], stored: dict[str, torch.Tensor], name: str, found: torch.Tensor) -> None:
-    described = case["tensors"][name]
-    torch.testing.assert_close(found, stored[name], atol=described["atol"], rtol=described["rtol"])
-
-
 @pytest.mark.parametrize("name", ["D_knn_pca", "D_knn_nopca", "D_knn_binary", "D_knn_fewshot"])
-def test_every_combination(name: str) -> None:
-    case, stored, features = CASES[name], tensors(name), tensors("D_knn_features")
-    settings, values = case["settings"], case["values"]
+def test_every_combination(name: str, hbird_golden: Any) -> None:
+    stored, features = hbird_golden(name), hbird_golden("D_knn_features")
+    settings, values = stored.settings, stored.case["values"]
     labels, targets = stored["train_labels"].long(), stored["test_labels"].long()
     shots = settings["train_size"]
     chosen = torch.arange(len(labels)) if shots is None else uniform_knn.first_per_class(labels, shots)
     assert torch.equal(chosen, stored["train_indices"].long())
     labels = labels[chosen]
-    combinations = [key.removesuffix(".predictions") for key in stored if key.endswith(".predictions")]
+    combinations = [key.removesuffix(".predictions") for key in stored.tensors if key.endswith(".predictions")]
     assert len(combinations) == 7
     for combination in combinations:
         train, test = (
@@ -49,14 +35,14 @@ def test_every_combination(name: str) -> None:
         reduced = uniform_knn.reduce(train[chosen], test, settings["pca_dim"])
         assert (reduced.pca is not None) == values[f"{combination}.pca_applied"]["value"]
         if reduced.pca is not None:
-            close(case, stored, f"{combination}.pca_mean", reduced.pca.mean)
-            close(case, stored, f"{combination}.pca_explained_variance", reduced.pca.explained_variance)
-            close(case, stored, f"{combination}.pca_test_gram", reduced.test @ reduced.test.T)
-            close(case, stored, f"{combination}.pca_test_abs3", reduced.test[:, :3].abs())
+            stored.check(f"{combination}.pca_mean", reduced.pca.mean)
+            stored.check(f"{combination}.pca_explained_variance", reduced.pca.explained_variance)
+            stored.check(f"{combination}.pca_test_gram", reduced.test @ reduced.test.T)
+            stored.check(f"{combination}.pca_test_abs3", reduced.test[:, :3].abs())
         found = uniform_knn.nearest(reduced.train, reduced.test, settings["k"])
         expected = stored[f"{combination}.neighbours"].long()
         assert torch.equal(found.indices.sort(1).values, expected.sort(1).values)
-        close(case, stored, f"{combination}.distances", -found.scores)
+        stored.check(f"{combination}.distances", -found.scores)
         shares = uniform_knn.class_shares(found, labels, int(labels.max()) + 1)
         predictions = shares.argmax(1)
         assert torch.equal(predictions, stored[f"{combination}.predictions"].long())
@@ -71,11 +57,11 @@ def test_every_combination(name: str) -> None:
             assert auc == pytest.approx(values[f"{combination}.auc"]["value"], abs=1e-9)
 
 
-def test_map() -> None:
-    case, stored = CASES["D_retrieval_map"], tensors("D_retrieval_map")
-    values = {key: described["value"] for key, described in case["values"].items()}
+def test_map(hbird_golden: Any) -> None:
+    stored = hbird_golden("D_retrieval_map")
+    values = {key: described["value"] for key, described in stored.case["values"].items()}
     found = retrieval_map.score_ranking(
-        stored["ranks"].long().T, values["ok"], values["junk"], case["settings"]["kappas"]
+        stored["ranks"].long().T, values["ok"], values["junk"], stored.settings["kappas"]
     )
     assert found.mean_average_precision == pytest.approx(values["map"], abs=1e-9)
     assert found.mean_precision_at == pytest.approx(values["mean_precision_at"], abs=1e-9)

@@ -1,9 +1,8 @@
-"""Golden cases of HummingBird, small models with known weights, sets of pictures with masks, and slow references."""
+"""Backbones and sets of pictures with masks for tests of in-context segmentation."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,54 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from amradio.evals.in_context.protocol import HBIRD_STD, IMAGENET_MEAN
 from amradio.images.segmentation import SegmentationSet, open_segmentation
-from amradio.models.configs import Resolution, ViTConfig
+from amradio.models.configs import Resolution
 from amradio.models.output import RadioOutput
-from amradio.models.radio import RadioModel
-from amradio.weights.checkpoint import Identity, build_model
-from amradio.weights.dino import to_checkpoint
-
-GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "hbird_fungi"
-INDEX = json.loads((GOLDENS / "index.json").read_text(encoding="utf-8"))
-CASES = {case["name"]: case for case in INDEX["cases"]}
-
-
-class Golden:
-    """One case: its stored tensors and values, and comparison within their tolerances."""
-
-    def __init__(self, name: str) -> None:
-        self.case = CASES[name]
-        self.settings: dict[str, Any] = self.case["settings"]
-        self.tensors = load_file(GOLDENS / self.case["file"])
-        self.inputs = Golden(self.settings["inputs"]) if "inputs" in self.settings else self
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def check(self, name: str, found: Tensor) -> None:
-        described, expected = self.case["tensors"][name], self[name]
-        assert tuple(found.shape) == tuple(expected.shape), name
-        if described.get("compare") == "exact":
-            assert torch.equal(found.to(expected.dtype), expected), name
-            return
-        assert torch.isfinite(found).all(), name
-        allowed = described["atol"] + described["rtol"] * expected.abs()
-        excess = ((found - expected).abs() - allowed).max()
-        assert excess <= 0, f"{name}: {float((found - expected).abs().max()):.3g} exceeds {described['atol']:.3g}"
-
-    def check_value(self, name: str, found: float, atol: float | None = None) -> None:
-        described = self.case["values"][name]
-        assert found == pytest.approx(described["value"], rel=0, abs=described["atol"] if atol is None else atol), name
-
-    def value(self, name: str) -> Any:
-        return self.case["values"][name]["value"]
 
 
 @pytest.fixture(autouse=True)
@@ -69,41 +26,6 @@ def _one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def golden() -> Callable[[str], Golden]:
-    """``golden("A_voc_p16")``."""
-    return Golden
-
-
-@pytest.fixture
-def golden_model() -> Callable[..., RadioModel]:
-    """``golden_model("dino_p16", std)``: a model of the index in our own trunk."""
-
-    def load(name: str, std: Sequence[float] = HBIRD_STD) -> RadioModel:
-        described = INDEX["models"][name]
-        args = described["args"]
-        tensors = {k: v.float() for k, v in load_file(GOLDENS / described["file"]).items()}
-        side = args["img_size"] // args["patch_size"]
-        trunk = ViTConfig(
-            embed_dim=args["embed_dim"],
-            depth=args["depth"],
-            num_heads=args["num_heads"],
-            mlp_hidden_dim=4 * args["embed_dim"],
-            patch_size=args["patch_size"],
-            final_norm=True,
-            position="resize",
-            position_grid=(side, side),
-            position_offset=0.1,
-            patch_bias=True,
-        )
-        model, report = build_model(to_checkpoint(tensors, trunk, Identity(source=name, layout="golden")))
-        assert not report
-        model.input_conditioner.norm_std.copy_(torch.tensor(std).view(3, 1, 1))
-        return model.eval().requires_grad_(False)
-
-    return load
 
 
 @pytest.fixture

@@ -111,9 +111,9 @@ def check_scores(case: Any, confusion: Confusion, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNLIMITED)
-def test_all_patches(name: str, golden: Any, golden_model: Any, unconditioned: Any) -> None:
-    case = golden(name)
-    model, settings = golden_model(case.settings["model"]), case.settings
+def test_all_patches(name: str, hbird_golden: Any, hbird_model: Any, unconditioned: Any) -> None:
+    case = hbird_golden(name)
+    model, settings = hbird_model(case.settings["model"], HBIRD_STD), case.settings
     queries = tokens(model, unconditioned(case["val_x"]))
     if "val_tokens" in case:
         described = case.case["tensors"]["val_tokens"]
@@ -125,8 +125,8 @@ def test_all_patches(name: str, golden: Any, golden_model: Any, unconditioned: A
 
 
 @pytest.mark.parametrize("name", ["A_voc_p16", "A_cityscapes_p8"])
-def test_upsampled_labels(name: str, golden: Any) -> None:
-    case = golden(name)
+def test_upsampled_labels(name: str, hbird_golden: Any) -> None:
+    case = hbird_golden(name)
     side = int(case["label_hat"].shape[1] ** 0.5)
     labels = case["label_hat"][0].view(side, side, -1)
     classes, upsampled = case["upsampled_0_classes"].long(), case["upsampled_0"]
@@ -137,9 +137,9 @@ def test_upsampled_labels(name: str, golden: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LIMITED)
-def test_limited_memories(name: str, golden: Any, golden_model: Any, unconditioned: Any) -> None:
-    case = golden(name)
-    model, settings = golden_model(case.settings["model"]), case.settings
+def test_limited_memories(name: str, hbird_golden: Any, hbird_model: Any, unconditioned: Any) -> None:
+    case = hbird_golden(name)
+    model, settings = hbird_model(case.settings["model"], HBIRD_STD), case.settings
     memory = bank(case, model, unconditioned)
     assert len(memory) == settings["rows"]
     case.check("memory_features", memory.features)
@@ -150,18 +150,18 @@ def test_limited_memories(name: str, golden: Any, golden_model: Any, uncondition
 
 @pytest.mark.parametrize("variant", ["k_default.", "data_efficient."])
 def test_temperatures_and_numbers_of_neighbours(
-    variant: str, golden: Any, golden_model: Any, unconditioned: Any
+    variant: str, hbird_golden: Any, hbird_model: Any, unconditioned: Any
 ) -> None:
-    case = golden("A_voc_p16_fhb")
-    model = golden_model(case.settings["model"])
+    case = hbird_golden("A_voc_p16_fhb")
+    model = hbird_model(case.settings["model"], HBIRD_STD)
     queries = tokens(model, unconditioned(case.inputs["val_x"]))
     options = case.settings["variants"][variant]
     check_segmentation(case, bank(case, model, unconditioned), queries, variant, options["K"], options["tau"])
 
 
 @pytest.mark.parametrize("name", ["c6", "c21", "c9_ign0"])
-def test_metrics(name: str, golden: Any) -> None:
-    case = golden("A_metric_only")
+def test_metrics(name: str, hbird_golden: Any) -> None:
+    case = hbird_golden("A_metric_only")
     confusion = Confusion(case.value(f"{name}.num_classes"), case.value(f"{name}.ignore_index"))
     for truth, predicted in zip(case[f"{name}.gt"], case[f"{name}.pred"], strict=True):
         confusion.update(truth, predicted)
@@ -193,8 +193,8 @@ def as_classes(case: Any, mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["A_voc_p16", "A_cityscapes_p8"])
-def test_pictures_to_segment_are_resized_as_published(name: str, golden: Any) -> None:
-    case = golden(name)
+def test_pictures_to_segment_are_resized_as_published(name: str, hbird_golden: Any) -> None:
+    case = hbird_golden(name)
     size = tuple(case["val_x"].shape[-2:])
     found = pictures(case, "val")
     assert len(found) == len(case["val_x"])
@@ -205,8 +205,8 @@ def test_pictures_to_segment_are_resized_as_published(name: str, golden: Any) ->
 
 
 @pytest.mark.parametrize("name", ["A_voc_p16", "A_cityscapes_p8"])
-def test_pictures_of_the_memory_are_changed_as_published(name: str, golden: Any) -> None:
-    case = golden(name)
+def test_pictures_of_the_memory_are_changed_as_published(name: str, hbird_golden: Any) -> None:
+    case = hbird_golden(name)
     size = tuple(case["train_x"].shape[-2:])
     found = pictures(case, "train")
     assert found
@@ -223,14 +223,14 @@ def test_pictures_of_the_memory_are_changed_as_published(name: str, golden: Any)
 
 
 def test_the_slip_in_the_standard_deviation_reaches_the_network(
-    golden: Any, golden_model: Any, unconditioned: Any
+    hbird_golden: Any, hbird_model: Any, unconditioned: Any
 ) -> None:
     from amradio.evals.in_context.forward import Forward
     from amradio.evals.in_context.loader import ReadyPair
     from amradio.features import ExtractOptions
 
-    case = golden("A_voc_p16")
-    model = golden_model(case.settings["model"], (0.229, 0.224, 0.225))  # as every DINO is loaded
+    case = hbird_golden("A_voc_p16")
+    model = hbird_model(case.settings["model"], (0.229, 0.224, 0.225))  # as every DINO is loaded
     forward = Forward(model, ExtractOptions(), get_protocol("hbird-2.0"))
     pixels = unconditioned(case["val_x"])
     pairs = [ReadyPair(i, None, pixels=p) for i, p in enumerate(pixels)]  # type: ignore[arg-type]
@@ -240,11 +240,11 @@ def test_the_slip_in_the_standard_deviation_reaches_the_network(
     torch.testing.assert_close(found.features, case["val_tokens"][:, 1:], atol=described["atol"], rtol=1e-4)
 
 
-def test_the_stream_of_random_numbers_is_the_published_one(golden: Any) -> None:
+def test_the_stream_of_random_numbers_is_the_published_one(hbird_golden: Any) -> None:
     from amradio.evals.in_context.draws import StreamDraws
     from amradio.evals.in_context.loader import ReadPair
 
-    case = golden("A_cityscapes_p8")  # whose training pictures are all of one size
+    case = hbird_golden("A_cityscapes_p8")  # whose training pictures are all of one size
     jitter, crops = case["train_jitter"][0], case["train_crop"][0]
     target = tuple(case["train_x"].shape[-2:])
     draws = StreamDraws(range(len(jitter)), InContextConfig(protocol=get_protocol("hbird-2.0"), seed=1021))  # type: ignore[arg-type]

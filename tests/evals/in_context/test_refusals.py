@@ -164,6 +164,13 @@ def test_sets_that_do_not_belong_together(backbone: Any, sets: Any, make_set: An
         run(backbone, (train.head(0), val))
 
 
+def test_pictures_in_both_sets_are_warned_of(backbone: Any, sets: Any) -> None:
+    train = sets[0]
+    with pytest.warns(UserWarning, match="2 of the 3 pictures to segment are in the memory too, first p04"):
+        (report,) = run(backbone, (train.select(range(6)), train.select([4, 6, 5])))
+    assert any("so the score is too good" in note for note in report.notes)
+
+
 def test_models_in_training_mode_and_models_without_layers(backbone: Any, sets: Any, replaced: Any) -> None:
     with pytest.raises(CapabilityError, match="does not give features of its blocks"):
         run(backbone, sets, replaced(PLAIN, layer=1))

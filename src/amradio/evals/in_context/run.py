@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,7 @@ def run_in_context(
     if config.layer is not None:
         backbone = LayerBackbone(backbone, config.layer, setup.options.device, norm=config.layer_norm)
     run = _Run(backbone, train, val, config, setup)
+    run.measurement.notes += _overlap(train, val)
     bank = run.memory(memory_in)
     if memory_out is not None and setup.is_main:
         save_memory(bank, memory_out)
@@ -422,3 +424,17 @@ def _check_sets(train: SegmentationSet, val: SegmentationSet) -> None:
             f"The train and the evaluation set are the same {len(train)} pictures of {train.name}, so each would be "
             "found in itself. Choose another split."
         )
+
+
+def _overlap(train: SegmentationSet, val: SegmentationSet) -> list[str]:
+    """Notes for the report if pictures are in both sets; each is warned of as well."""
+    learnt = {train.images[i].location for i in range(len(train))}
+    shared = [i for i in range(len(val)) if val.images[i].location in learnt]
+    if not shared:
+        return []
+    note = (
+        f"{len(shared)} of the {len(val)} pictures to segment are in the memory too, first {val[shared[0]].id}: their "
+        "patches find themselves there, so the score is too good."
+    )
+    warnings.warn(note, stacklevel=3)
+    return [note]
