@@ -25,13 +25,26 @@ FLOORS = [
     {"backbones"},
     {"weights"},
     {"models", "text"},
-    {"images"},
+    {"images", "statistics"},
     {"hub", "distributed", "packages"},
     {"errors"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-OPTIONAL = ("datasets", "faiss", "gradio", "onnx", "open_clip", "ray", "scann", "timm", "torchvision", "transformers")
+OPTIONAL = (
+    "av",
+    "datasets",
+    "faiss",
+    "gradio",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "ray",
+    "scann",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 HEAVY = ("PIL", "huggingface_hub", "numpy", "pyarrow", "torch", "torchmetrics", "tqdm", *OPTIONAL)
 
 

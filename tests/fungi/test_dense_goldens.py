@@ -55,9 +55,9 @@ def uniforms(case: Any, backbone: DenseFungiBackbone, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_and_neighbours(name: str, golden: Any, golden_model: Any) -> None:
-    case = golden(name)
-    model = golden_model(case.settings["model"], STD)
+def test_tokens_and_neighbours(name: str, hbird_golden: Any, hbird_model: Any) -> None:
+    case = hbird_golden(name)
+    model = hbird_model(case.settings["model"], STD)
     images = case["images_u8"].float() / 255
     found = wrapped(case, model, "neighbours", "raw", "fp32")._split(images)
     tokens = torch.cat([found.prefix, found.patches], dim=1)
@@ -90,14 +90,14 @@ def test_tokens_and_neighbours(name: str, golden: Any, golden_model: Any) -> Non
     ],
 )
 def test_every_variant(
-    name: str, negatives: str, denominator: str, precision: str, golden: Any, golden_model: Any
+    name: str, negatives: str, denominator: str, precision: str, hbird_golden: Any, hbird_model: Any
 ) -> None:
-    case = golden(name)
+    case = hbird_golden(name)
     variant = f"{negatives}.{denominator}.{precision}"
     if f"{negatives}/{denominator}/{precision}" not in case.settings["variants"]:
         assert f"{variant}.b" not in case
         return
-    model = golden_model(case.settings["model"], STD)
+    model = hbird_model(case.settings["model"], STD)
     backbone = wrapped(case, model, negatives, denominator, precision)
     images = case["images_u8"].float() / 255
     drawn = uniforms(case, backbone, images)

@@ -65,10 +65,10 @@ def check(case: Any, name: str, backbone: FungiWrapper, objective: Any, views: T
 
 
 @pytest.mark.parametrize("name", ["C_image_p16", "C_image_p8"])
-def test_fungivision(name: str, golden: Any, golden_model: Any) -> None:
-    case = golden(name)
-    views = golden(case.settings["views_from"])
-    model = golden_model(case.settings["model"])
+def test_fungivision(name: str, hbird_golden: Any, hbird_model: Any) -> None:
+    case = hbird_golden(name)
+    views = hbird_golden(case.settings["views_from"])
+    model = hbird_model(case.settings["model"])
     made = objectives(case, model.embed_dim, denominator="raw")
     backbone = wrapper(case, model, *made.values())
     for key, objective in made.items():
@@ -101,17 +101,17 @@ def test_fungivision(name: str, golden: Any, golden_model: Any) -> None:
         ("simclr", "ntag_simclr_fp16loss", {"loss_dtype": "float16"}),
     ],
 )
-def test_the_papers_scripts(key: str, name: str, options: dict[str, Any], golden: Any, golden_model: Any) -> None:
-    case, given, views = golden("C_image_p16_ntag"), golden("C_image_p16"), golden("C_views_p16")
-    model = golden_model(case.settings["model"])
+def test_the_papers_scripts(key: str, name: str, options: dict[str, Any], hbird_golden: Any, hbird_model: Any) -> None:
+    case, given, views = hbird_golden("C_image_p16_ntag"), hbird_golden("C_image_p16"), hbird_golden("C_views_p16")
+    model = hbird_model(case.settings["model"])
     objective = objectives(given, model.embed_dim, **options)[key]
     stored = views[f"{key}_views"]
     check(case, name, wrapper(given, model, objective), objective, stored[:, None] if key == "kl" else stored, False)
 
 
-def test_deep_cluster(golden: Any, golden_model: Any) -> None:
-    case = golden("C_deepcluster_p16")
-    model = golden_model(case.settings["model"])
+def test_deep_cluster(hbird_golden: Any, hbird_model: Any) -> None:
+    case = hbird_golden("C_deepcluster_p16")
+    model = hbird_model(case.settings["model"])
     objective = DeepClusterObjective(
         model.embed_dim, latent_dim=12, prototypes=case.settings["prototypes"], temperature=case.settings["tau"]
     )
@@ -134,8 +134,8 @@ def test_deep_cluster(golden: Any, golden_model: Any) -> None:
     check(case, "ntag_deepcluster", backbone, objective, views, False)
 
 
-def test_views_of_deep_cluster(golden: Any) -> None:
-    case = golden("C_deepcluster_p16")
+def test_views_of_deep_cluster(hbird_golden: Any) -> None:
+    case = hbird_golden("C_deepcluster_p16")
     for i in range(2):
         picture = case[f"raw_{i}"].permute(2, 0, 1)
         views = crop_views(picture, case["crop"][i].tolist(), 32, "bilinear")
@@ -152,8 +152,8 @@ def test_the_mistyped_deviation_can_be_had() -> None:
 
 
 @pytest.mark.parametrize("name", ["C_views_p16", "C_views_p8"])
-def test_views(name: str, golden: Any) -> None:
-    case = golden(name)
+def test_views(name: str, hbird_golden: Any) -> None:
+    case = hbird_golden(name)
     kl, dino, simclr = (case.settings[key] for key in ("kl", "dino", "simclr"))
     pictures = [case[f"raw_{i}"].permute(2, 0, 1) for i in range(2)]
 
@@ -170,8 +170,8 @@ def test_views(name: str, golden: Any) -> None:
     case.check("simclr_views", standardised(windows))
 
 
-def test_kmeans(golden: Any) -> None:
-    case = golden("C_kmeans")
+def test_kmeans(hbird_golden: Any) -> None:
+    case = hbird_golden("C_kmeans")
     for j in range(2):
         rows = case["memory"][:, j]
         found = clusters.kmeans(rows, case[f"init_{j}"].long(), case.settings["iterations"])
@@ -179,9 +179,9 @@ def test_kmeans(golden: Any) -> None:
         case.check(f"assignments_{j}", clusters.assign(rows, found))
 
 
-def test_features_of_a_toy_set(golden: Any, golden_model: Any) -> None:
-    case = golden("D_knn_features")
-    model = golden_model(case.settings["model"])
+def test_features_of_a_toy_set(hbird_golden: Any, hbird_model: Any) -> None:
+    case = hbird_golden("D_knn_features")
+    model = hbird_model(case.settings["model"])
     kl = KlObjective(model.embed_dim, latent_dim=40, resize=32, size=32)
     kl.head = head(case, "kl_head")
     simclr = SimclrObjective(model.embed_dim, latent_dim=24, denominator="raw", stride_scale=1, size=32, support_size=6)
@@ -194,8 +194,8 @@ def test_features_of_a_toy_set(golden: Any, golden_model: Any) -> None:
             case.check(f"{split}_{name}", features)
 
 
-def test_projection(golden: Any) -> None:
-    case = golden("D_projection")
+def test_projection(hbird_golden: Any) -> None:
+    case = hbird_golden("D_projection")
     signs = torch.where(case["uniform"] > 0.5, 1, -1).to(torch.int8)
     case.check("matrix", signs)
     outputs, columns = 9, 10  # the data are any vectors; here they are gradients of this shape

