@@ -18,7 +18,8 @@ SRC = Path(amradio.__file__).parent
 
 # The house, from top to bottom: a room may use rooms on lower floors only. See docs/architecture.md.
 FLOORS = [
-    {"cli", "app"},
+    {"cli"},
+    {"app"},
     {"evals", "distill", "viz"},
     {"fungi"},
     {"features", "search"},

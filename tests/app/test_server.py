@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -62,7 +63,9 @@ def call(address: str, function: str, data: list[Any], event: Any = None) -> tup
     url = f"{address.rstrip('/')}/gradio_api/queue/data?session_hash={session}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=120) as stream:
+        until = time.monotonic() + 120
         for line in stream:
+            assert time.monotonic() < until, messages
             if line.startswith(b"data:"):
                 messages.append(json.loads(line[5:]))
                 if messages[-1]["msg"] in ("process_completed", "close_stream"):

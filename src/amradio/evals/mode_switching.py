@@ -57,9 +57,8 @@ class ModeSwitchingConfig:
         teacher_resolution: The teacher always sees this size; None: it sees as many patches as the student.
         teacher_fit: For teachers that accept one size only. ``resize``: pictures are brought to it. ``pad``: a picture
             has as many patches as the student's and lies in the top left corner, as SAM has it.
-        measure: What a switch is looked for in: ``mse``: MSE over the teacher's variance at the same resolution, which
-            is 1 for a student that always says the mean; ``cosine``: 1 - cosine, which is small for features that are
-            far from zero.
+        measure: What a switch is looked for in: ``mse``: MSE over the teacher's variance, the mean of all resolutions;
+            ``cosine``: 1 - cosine, which is small for features that are far from zero.
         least_size: How large a switch must be at least, in that measure.
         strip_pictures: Of how many pictures feature maps are handed out, for pictures.
         strip_resolutions: At how many resolutions, spread evenly.
@@ -350,12 +349,11 @@ def _errors(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[R, N] errors of each picture; NaN where it failed."""
     positions = sorted({position for agreement in found for position in agreement.distances})
-    rows = []
-    for agreement, row in zip(found, curve, strict=True):
-        errors = agreement.distances if measure == "cosine" else agreement.squares
-        scale = 1.0 if measure == "cosine" else max(row["teacher_variance"] or 0.0, 1e-30)
-        rows.append([errors.get(position, math.nan) / scale for position in positions])
-    return np.array(rows)
+    tables = [agreement.distances if measure == "cosine" else agreement.squares for agreement in found]
+    # One scale for all resolutions: where only the teacher's variance changes, the student did not switch.
+    variance = math.fsum(row["teacher_variance"] or 0.0 for row in curve) / len(curve)
+    scale = 1.0 if measure == "cosine" else max(variance, 1e-30)
+    return np.array([[table.get(position, math.nan) / scale for position in positions] for table in tables])
 
 
 def _metrics(curve: Sequence[dict[str, float | None]], verdict: Verdict) -> dict[str, Metric]:
