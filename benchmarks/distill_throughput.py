@@ -110,12 +110,13 @@ class Turns:
     def __init__(self, alone: Callable[[int], None], steps: int) -> None:
         self.alone, self.steps = alone, steps
         self.rounds: list[dict[str, float]] = []
-        self.waited: list[float] = []
+        self.stages: list[dict[str, float]] = []
         self._since: tuple[float, float] | None = None
 
     def __call__(self, progress: Progress) -> None:
         if progress.step < WARM_UP or (progress.step - WARM_UP) % self.steps:
-            self.waited.append(progress.numbers["seconds/data"])
+            own = {k: v for k, v in progress.numbers.items() if k.startswith("seconds/")}
+            self.stages.append({name.removeprefix("seconds/"): seconds for name, seconds in own.items()})
             return
         now = self._now()
         if self._since is not None:
@@ -156,7 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": summary(turns.rounds, "cpu"),
         "loop_images_per_s": statistics.median(images / r["loop_wall_s"] for r in turns.rounds),
         "alone_images_per_s": statistics.median(images / r["alone_wall_s"] for r in turns.rounds),
-        "waited_for_data_s_per_step": statistics.median(turns.waited),
+        "stages_s_per_step": {name: statistics.median(s[name] for s in turns.stages) for name in turns.stages[0]},
         "rounds": turns.rounds,
     }
 
@@ -180,6 +181,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| {title} | {r[clock]['share']:.1%} | {r[clock]['low']:.1%} to {r[clock]['high']:.1%} |\n"
         for clock, title in (("wall", "wall time"), ("cpu", "processor time"))
     )
+    stages = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in r["stages_s_per_step"].items())
     return (
         "# Throughput of the training loop\n\n"
         f"- Machine: {m['gpu'] or m['cpu']}, threads: {m['threads']}; {versions}\n"
@@ -189,8 +191,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{WANTED:.0%}\n\n"
         "| speed of the loop over that of the bare passes | median | quartiles |\n|---|---|---|\n"
         f"{shares}\n"
-        f"{r['loop_images_per_s']:.1f} images/s in the loop, {r['alone_images_per_s']:.1f} alone; waiting for pictures "
-        f"takes {1000 * r['waited_for_data_s_per_step']:.1f} ms of a step.\n"
+        f"{r['loop_images_per_s']:.1f} images/s in the loop, {r['alone_images_per_s']:.1f} alone. Of a step of "
+        f"the loop, in ms: {stages}.\n"
     )
 
 

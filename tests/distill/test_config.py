@@ -1,5 +1,8 @@
 """Configurations: strict, overridable, and told apart by what matters."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -108,3 +111,15 @@ def test_packaged_configurations_are_valid(name):
     c = load_config(name)
     assert c.teachers
     assert c.schedule.steps > 0
+
+
+def test_settings_in_the_documentation_are_right():
+    from amradio.cli.distill_hooks import _KINDS
+    from amradio.distill.config import HookConfig, parse_strictly
+
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "distill.md"
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    hooks = [parse_strictly(HookConfig, h, "a hook") for block in blocks for h in yaml.safe_load(block)["hooks"]]
+    assert {h.kind for h in hooks} == set(_KINDS)
+    for hook in hooks:
+        assert parse_strictly(_KINDS[hook.kind], hook.options, "its options").eval

@@ -427,6 +427,7 @@ def test_windows_change_from_step_to_step_and_not_the_result_at_the_end(config, 
     assert amradio.load(str(outcome.model)).window_size is None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of dynamo's tracing
 def test_compiled_blocks_learn_the_same(config, tmp_path, monkeypatch):
     compiled = []
 

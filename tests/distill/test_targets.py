@@ -58,6 +58,22 @@ def test_sizes_that_a_teacher_sees(teachers):
         Teacher(TeacherConfig(name="one", backbone=teachers[0], resolution=20), CPU)
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["cast", "from a file"])
+def test_teachers_in_half_precision(teachers, images, tmp_path, stored):
+    whole = Teacher(TeacherConfig(name="a", backbone=teachers[0]), CPU).targets(images)
+    spec, dtype = teachers[0], "float16"
+    if stored:
+        half = amradio.load_backbone(teachers[0], dtype=torch.float16)
+        spec, dtype = str(amradio.save(half, tmp_path / "half.safetensors")), None
+    teacher = Teacher(TeacherConfig(name="a", backbone=spec, dtype=dtype), CPU)
+    assert all(p.dtype == torch.float16 for p in teacher.backbone.parameters())
+    found = teacher.targets(images)
+    for half, reference in zip(found, whole, strict=True):
+        assert half.dtype == torch.float32
+        assert (half - reference).square().mean().sqrt() < 0.02 * reference.std()
+        assert not torch.equal(half, reference)
+
+
 def test_any_callable_can_teach(images):
     def pooled(x):
         return x.mean((2, 3)), torch.nn.functional.avg_pool2d(x, 8)

@@ -209,6 +209,31 @@ def test_nothing_is_drawn_for_the_grid_s_own_size_or_without_cpe() -> None:
     assert torch.equal(g.training_positions(3, (2, 3)), g.eval().positions(1, (2, 3)))
 
 
+def test_draws_can_come_from_elsewhere() -> None:
+    """Rows of a batch get what they would get in it, if they are given its numbers; torch's own are left alone."""
+    g = generator().train()
+    shapes: list[tuple[int, ...]] = []
+
+    def rows(start: int) -> Callable[[tuple[int, ...]], torch.Tensor]:
+        own = torch.Generator().manual_seed(3)
+
+        def draw(shape: tuple[int, ...]) -> torch.Tensor:
+            shapes.append(shape)
+            return torch.rand((4, *shape[1:]), generator=own)[start : start + shape[0]]
+
+        return draw
+
+    state = torch.get_rng_state()
+    with g.drawing_from(rows(0)):
+        whole = g.positions(4, (3, 4))
+    assert shapes == [(4, 1, 1), (4, 1, 1), (4, 1, 1, 2), (4, 1, 1)]
+    with g.drawing_from(rows(1)):
+        part = g.positions(2, (3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(part, whole[1:3])
+    assert not torch.equal(g.positions(4, (3, 4)), whole)  # which draws from torch again
+
+
 def test_frames_of_a_video_share_their_crop() -> None:
     g = generator().train()
     with g.video_mode(3):

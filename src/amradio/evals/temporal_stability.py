@@ -113,7 +113,8 @@ class TemporalStability:
 
     def _compare(self, pixels_before: Tensor, before: Tensor, pixels: Tensor, features: Tensor, time: float) -> None:
         difference = (pixels.float() - pixels_before.float()).abs().mean(0) / 255  # [H, W]
-        change = F.adaptive_avg_pool2d(difference[None], features.shape[:2])[0]  # [h, w]
+        h, w = features.shape[:2]
+        change = F.adaptive_avg_pool2d(difference[None], (h, w))[0]  # [h, w]
         static = change < self.config.threshold
         squares = (features - before).square().sum(-1)  # [h, w]
         cosines = F.cosine_similarity(features, before, dim=-1)

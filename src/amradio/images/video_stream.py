@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -87,7 +87,7 @@ class VideoFile:
             with container:
                 yield container
 
-    def frames(self, fps: Fraction, seek_to: Fraction | None = None) -> Iterator[tuple[Fraction, Any]]:
+    def frames(self, fps: Fraction, seek_to: Fraction | None = None) -> Generator[tuple[Fraction, Any], None, None]:
         """Decode frames in the order in which they are shown.
 
         Args:
