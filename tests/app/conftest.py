@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,6 @@ from amradio.app.visit import House, Visit
 from amradio.backbones.load import load
 from amradio.images.scenes import scene
 
-RESOLUTION = 224
 LIMITS = Limits(photos=6, file_bytes=2**20, file_pixels=4_000_000, sessions=3, queue=16)
 
 
@@ -118,15 +120,26 @@ def collection(model: AppModel, sample_files: list[Path], tmp_path_factory: pyte
 def server(model: AppModel, collection: Any) -> Iterator[tuple[str, House, Path]]:
     """The app as it runs: its address, what it shares, and its folder of uploads."""
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'amradio[app]'")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amradio.app.page.FIRST_RESOLUTION", RESOLUTION)
-        from amradio.app.server import running
+    from amradio.app.server import running
 
-        house = House(model, Sessions(LIMITS, on_drop=model.cache.drop), LIMITS, collection)
-        with running(house, port=0) as address:
-            folder = Path(os.environ["GRADIO_TEMP_DIR"])
-            yield address, house, folder
+    house = House(model, Sessions(LIMITS, on_drop=model.cache.drop), LIMITS, collection)
+    with contextlib.ExitStack() as stack:
+        with _what_gradio_leaves_open():
+            address = stack.enter_context(running(house, port=0))
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        yield address, house, folder
+        with _what_gradio_leaves_open():
+            stack.close()
         assert not folder.exists()
+
+
+@contextlib.contextmanager
+def _what_gradio_leaves_open() -> Iterator[None]:
+    """Gradio makes event loops that it never closes; they are collected here, and not in the middle of a test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def test_search_in_the_collection(visit, house: House, collection: Collection, s
         return made
 
     page = find.find_words(asked(), "cat", find.COLLECTION, 224)
-    assert page.index("cat.jpg") < page.index("rocket.jpg")
+    scores = [float(v) for v in re.findall(r'class="note">([^<]+)', page)]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
     assert find.find_again(asked(), find.COLLECTION, 224) == page
     asked().session.add("query.jpg", Image.open(sample_files[1]).convert("RGB"))
     page = find.find_part(asked(photo=1, left=0.0, top=0.0, right=0.0, bottom=0.0), find.COLLECTION, 224)

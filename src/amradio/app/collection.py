@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from amradio.images import ImageSet, ResizePolicy
     from amradio.search import Neighbours
 
+RESOLUTION = 448
+"""Longest side of a collection's pictures in pixels, as the model sees them."""
+
 MAPS_LIMIT_BYTES = 4 * 2**30
 """Of all feature maps of a collection on disk; above that only summaries are kept, and regions cannot be looked for."""
 
 _SHOWN_SIDE = 384
-_DEFAULT_SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def open_collection(
     device: torch.device,
     cache_dir: Path,
     *,
+    resolution: int = RESOLUTION,
     workers: int | None = None,
     on_start: Callable[[int, str], Callable[[int], object]] = lambda count, folder: lambda done: None,
 ) -> tuple[Collection, Sequence[str]]:
@@ -154,6 +157,7 @@ def open_collection(
         device: Where it is.
         cache_dir: Where embeddings are kept: in a folder for each collection and model, which is made anew when
             pictures were added, changed or removed.
+        resolution: Longest side in pixels at which the model sees them.
         workers: Decoding threads.
         on_start: Called with the number of pictures and the folder; returns what hears of progress.
 
@@ -170,11 +174,10 @@ def open_collection(
     from amradio.images import ResizePolicy, open_images
 
     images = open_images(spec)
-    side = max(getattr(model, "preferred_resolution", None) or (_DEFAULT_SIDE,))
-    policy = ResizePolicy.parse([side], "longest", model.min_resolution_step)
+    policy = ResizePolicy.parse([resolution], "longest", model.min_resolution_step)
     said = []
     keep: Any = "all"
-    if len(images) * _bytes_of_maps(model, side) > MAPS_LIMIT_BYTES:
+    if len(images) * _bytes_of_maps(model, resolution) > MAPS_LIMIT_BYTES:
         keep = "summary"
         said.append(f"{len(images):,} pictures are too many to remember their parts: regions cannot be looked for.")
     name = hashlib.sha256(f"{Path(spec).expanduser().absolute()}\n{model_name}".encode()).hexdigest()[:24]

@@ -38,7 +38,7 @@ def show_features(visit: Visit, resolution: Any, output: Any, layer: Any, colour
     from amradio.viz.pca import fit_basis, to_picture
     from amradio.viz.upsample import upsample
 
-    photos = visit.session.photos
+    photos = dict(visit.session.photos)
     if not photos:
         return empty(*_NO_PHOTOS, icon="◐")
     model = visit.house.model
@@ -46,7 +46,7 @@ def show_features(visit: Visit, resolution: Any, output: Any, layer: Any, colour
     if number is not None and output != BACKBONE:
         visit.on_notice("Layers are those of the backbone; they are shown in place of the output.")
         output = BACKBONE
-    maps = {key: found.features for key, found in model.maps(visit, output, resolution, number).items()}
+    maps = {key: found.features for key, found in model.maps(visit, photos, output, resolution, number).items()}
     masks = dict(zip(maps, foreground_masks(list(maps.values())), strict=True)) if colours == SUBJECT else {}
     kept = [maps[key][masks[key]] for key in maps if masks[key].any()] if masks else list(maps.values())
     basis = None if colours == OWN else fit_basis(kept or list(maps.values()))

@@ -89,8 +89,8 @@ def _in_photos(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit],
     from amradio.search.regions import best_positions
 
     kind, what = query
-    output = _output(visit, kind)
-    maps = visit.house.model.maps(visit, output, resolution)
+    output, photos = _output(visit, kind), dict(visit.session.photos)
+    maps = visit.house.model.maps(visit, photos, output, resolution)
     vector = _vector(visit, query, resolution)
     keys = list(maps)
     count = min(len(keys), visit.house.limits.results)
@@ -100,7 +100,7 @@ def _in_photos(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit],
         found = best_positions(tokens, ends, vector)
         order = found.scores.sort(descending=True, stable=True).indices[:count].tolist()
         hits = [
-            Hit(keys[i], visit.session.photos[keys[i]].name, float(found.scores[i]),
+            Hit(keys[i], photos[keys[i]].name, float(found.scores[i]),
                 _place(int(found.indices[i]), maps[keys[i]].features.shape[:2]))
             for i in order
         ]  # fmt: skip
@@ -108,11 +108,11 @@ def _in_photos(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit],
         rows = F.normalize(torch.stack([m.summary for m in maps.values()]), dim=1)
         nearest = top_k(F.normalize(vector, dim=0)[None], rows, count)
         pairs = zip(nearest.scores[0].tolist(), nearest.indices[0].tolist(), strict=True)
-        hits = [Hit(keys[i], visit.session.photos[keys[i]].name, score) for score, i in pairs]
+        hits = [Hit(keys[i], photos[keys[i]].name, score) for score, i in pairs]
     own = what if kind == "picture" else what[0] if kind == "region" else None
     cards = [
         card_of(
-            visit.session.photos[hit.row],
+            photos[hit.row],
             mark=hit.place,
             note=f"{hit.score:.2f}",
             badge="this one" if hit.row == own else "",
@@ -160,11 +160,9 @@ def _vector(visit: Visit, query: _Query, resolution: Any) -> Tensor:
     output = _output(visit, kind)
     if kind == "words":
         return build_classifier(model.output(output), [what], TEMPLATES, device=model.device)[0]
-    maps = model.maps(visit, output, resolution)
-    if kind == "region":
-        key, box = what
-        return region_query(maps[key].features, box)
-    return maps[what].summary
+    key, box = what if kind == "region" else (what, None)
+    found = model.maps(visit, {key: visit.session.photo(key)}, output, resolution)[key]
+    return found.summary if box is None else region_query(found.features, box)
 
 
 def _words_of(visit: Visit, query: _Query) -> str:

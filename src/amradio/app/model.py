@@ -138,12 +138,20 @@ class AppModel:
         return ResizePolicy.parse([int(resolution)], "longest", multiple)
 
     def maps(
-        self, visit: Visit, name: Any, resolution: Any, layer: int | None = None, *, gradients: bool = False
+        self,
+        visit: Visit,
+        photos: Mapping[int, Photo],
+        name: Any,
+        resolution: Any,
+        layer: int | None = None,
+        *,
+        gradients: bool = False,
     ) -> dict[int, FeatureMap]:
-        """The feature maps of all photos of a session, by key; only those that are new are computed.
+        """The feature maps of photos, by key; only those that are new are computed.
 
         Args:
             visit: Who asks; hears how far it got.
+            photos: The photos of the session, in a mapping of the caller's own: the page may be closed meanwhile.
             name: Of the output.
             resolution: Longest side in pixels.
             layer: Block, from 0; None: the output itself.
@@ -154,15 +162,14 @@ class AppModel:
             CapabilityError: The model cannot do this.
         """
         output, policy = self.output(name), self.policy(resolution)
-        photos = list(visit.session.photos.values())
         if layer is not None and not 0 <= layer < self.depth:
             raise OptionError(f"The model has {self.depth} layers, and no layer {layer + 1}.")
-        among = tuple(visit.session.photos) if gradients else ()
-        keys = {p.key: (visit.session.name, p.key, name, int(resolution), layer, among) for p in photos}
-        found = {p.key: self.cache.get(keys[p.key]) for p in photos}
-        missing = [p for p in photos if found[p.key] is None]
+        among = tuple(photos) if gradients else ()
+        keys = {key: (visit.session.name, key, name, int(resolution), layer, among) for key in photos}
+        found = {key: self.cache.get(keys[key]) for key in photos}
+        missing = [photo for key, photo in photos.items() if found[key] is None]
         if missing and gradients:
-            output = self._with_gradients(visit, output, photos, policy)
+            output = self._with_gradients(visit, output, list(photos.values()), policy)
         what = "Looking closer (with gradients)" if gradients else "Looking at the photos"
         for photo, computed in zip(missing, self._compute(visit, output, missing, policy, layer, what), strict=True):
             found[photo.key] = computed

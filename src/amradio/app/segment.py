@@ -91,11 +91,11 @@ def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, stric
     from amradio.evals.propagate_strokes import BACKGROUND, carry, remember, settle
     from amradio.images.segmentation.masks import VOID
 
-    session = visit.session
-    labelled = [k for k in session.photos if session.strokes.get(k) or k in session.masks]
+    session, photos = visit.session, dict(visit.session.photos)
+    labelled = [k for k in photos if session.strokes.get(k) or k in session.masks]
     if not labelled:
         return forgotten(visit)
-    maps = visit.house.model.maps(visit, output, resolution, gradients=bool(gradients))
+    maps = visit.house.model.maps(visit, photos, output, resolution, gradients=bool(gradients))
     masks = {key: _mask(visit, key, (maps[key].photo.height, maps[key].photo.width)) for key in labelled}
     seen = sorted({int(label) for mask in masks.values() for label in set(mask.flat) if label != VOID})
     if not seen:
@@ -105,7 +105,7 @@ def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, stric
     below = _threshold([c.similarity for c in carried.values()]) if strict else None
     cards, results = [], []
     for key, one in carried.items():
-        photo = session.photos[key]
+        photo = photos[key]
         own = None if key in labelled and BACKGROUND in seen else below
         labels = settle(one, (photo.shown.height, photo.shown.width), own).numpy()
         layer = _layer(labels)
@@ -210,9 +210,10 @@ def _mask(visit: Visit, key: int, size: tuple[int, int]) -> np.ndarray:
     from amradio.images.segmentation.masks import VOID
 
     painted = paint(visit.session.strokes.get(key, ()), size)
-    if key not in visit.session.masks:
+    given = visit.session.masks.get(key)
+    if given is None:
         return painted
-    whole = Image.fromarray(visit.session.masks[key][0]).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    whole = Image.fromarray(given[0]).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return np.where(painted == VOID, np.array(whole), painted)
 
 

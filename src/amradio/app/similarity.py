@@ -29,10 +29,10 @@ def show_similarity(visit: Visit, resolution: Any, output: Any) -> str:
     from amradio.viz.heat import colour_bar, heat_picture
     from amradio.viz.similarity import centre_of, patch_of, similarity_map
 
-    photos = visit.session.photos
+    photos = dict(visit.session.photos)
     asked = visit.session.photo(visit.event.get("photo"))
     x, y = visit.number("x"), visit.number("y")
-    maps = visit.house.model.maps(visit, output, resolution)
+    maps = visit.house.model.maps(visit, photos, output, resolution)
     features = maps[asked.key].features
     grid_size = (features.shape[0], features.shape[1])
     patch = patch_of((min(x, 0.99999), min(y, 0.99999)), (1, 1), grid_size)

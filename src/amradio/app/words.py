@@ -49,12 +49,12 @@ def show_bars(visit: Visit, text: Any, resolution: Any) -> str:
     from amradio.evals.texts import calibration_of
     from amradio.evals.zero_shot import build_classifier, similarities
 
-    model, photos = visit.house.model, visit.session.photos
+    model, photos = visit.house.model, dict(visit.session.photos)
     name = _needs_words(visit, model.text_output)
     if not photos:
         return empty("Say what you see", "Drop photos above, or take the sample photos; then type words.", "Aa")
     words = labels_of(text, visit.house.limits)
-    maps = model.maps(visit, name, resolution)
+    maps = model.maps(visit, photos, name, resolution)
     output = model.output(name)
     classifier = build_classifier(output, words, TEMPLATES, device=model.device)  # [K, C]
     cosines = similarities(torch.stack([m.summary for m in maps.values()]), classifier)  # [B, K]
@@ -83,7 +83,7 @@ def show_where(visit: Visit, text: Any, resolution: Any) -> str:
     from amradio.viz.heat import colour_bar, heat_picture, limits_of
     from amradio.viz.similarity import similarity_map
 
-    model, photos = visit.house.model, visit.session.photos
+    model, photos = visit.house.model, dict(visit.session.photos)
     name = _needs_words(visit, model.text_map_output)
     asked = visit.event.get("word", text)
     if not photos:
@@ -91,7 +91,7 @@ def show_where(visit: Visit, text: Any, resolution: Any) -> str:
     if not isinstance(asked, str) or not asked.strip():
         raise OptionError("Type a word or two to look for.")
     word = labels_of(asked.replace(",", " ").replace("\n", " "), visit.house.limits)[0]
-    maps = model.maps(visit, name, resolution)
+    maps = model.maps(visit, photos, name, resolution)
     others = [other for other in _OTHERS if other != word]
     queries = build_classifier(model.output(name), [word, *others], TEMPLATES, device=model.device)  # [1 + n, C]
     # Less what any word has in common with the patch: the cosines with texts all lie close together.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from amradio.cli.common import DEFAULT_MODEL, BackboneOptions, device_of, progress_bar, split_names
+from amradio.cli.common import DEFAULT_MODEL, BackboneOptions, check_counts, device_of, progress_bar, split_names
 
 if TYPE_CHECKING:
     from amradio.app.collection import Collection
@@ -32,6 +32,8 @@ class App(BackboneOptions):
     """Pictures to search in: folder, pattern, list file, tar shards, ... They are embedded once."""
     collection_cache: Path | None = None
     """Where the embeddings of the collection are kept; default in the cache folder."""
+    collection_resolution: int = 448
+    """Longest side in pixels at which the model sees the pictures of the collection."""
     host: str = "127.0.0.1"
     """Address to listen at. With 0.0.0.0 everybody on the network can use the app."""
     port: int = 7860
@@ -90,7 +92,10 @@ class App(BackboneOptions):
                 print(f"{count:,} pictures of {spec}; their embeddings are kept in {place}")
                 return stack.enter_context(progress_bar(count, "embed"))
 
-            collection, said = open_collection(spec, self.model, small, device, folder, on_start=start)
+            check_counts(collection_resolution=self.collection_resolution)
+            collection, said = open_collection(
+                spec, self.model, small, device, folder, resolution=self.collection_resolution, on_start=start
+            )
         for sentence in said:
             print(f"note: {sentence}")
         return collection
