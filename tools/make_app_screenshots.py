@@ -89,7 +89,8 @@ def segment(page: Page) -> None:
     stroke(page, "#board canvas.ink", (0.1, 0.93), (0.6, 0.95))
     stroke(page, "#board canvas.ink", (0.3, 0.08), (0.95, 0.12), (0.9, 0.35))
     page.wait_for_selector("#segments .layer")
-    time.sleep(8)
+    page.wait_for_selector("#segments .hint", state="detached")  # it asks for background
+    time.sleep(10)
 
 
 def search(page: Page) -> None:

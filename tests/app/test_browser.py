@@ -164,13 +164,15 @@ def test_words(filled: Page) -> None:
     filled.page.fill("#labels textarea", "dog, cat, house")
     filled.page.click("#compare")
     filled.count_becomes("#bars .words:nth-child(1) .bar", 3)
+    filled.page.fill("#where input", "dog")
     filled.page.locator("#bars .bar[data-word=cat]").first.click()
     filled.count_becomes("#where-grid .layer", 4)
     assert "Where is “cat”?" in filled.text("#where-grid")
+    assert filled.page.input_value("#where input") == "cat"
     with filled.page.expect_download() as found:
         filled.page.click("#download-words")
     assert found.value.suggested_filename == "words.csv"
-    assert Path(found.value.path()).read_text().startswith("photo,dog,cat,house\r\n")
+    assert Path(found.value.path()).read_bytes().startswith(b"photo,dog,cat,house\r\n")
     filled.page.fill("#labels textarea", " , ")
     filled.page.click("#compare")
     assert "Type what could be on the photos" in filled.toasts()

@@ -69,7 +69,7 @@ def test_layers_and_outputs(with_photos, model: AppModel) -> None:
     asked = with_photos()
     pages.add(features.show_features(asked, AT, "minilm", features.LAST, features.SHARED, features.SMOOTH))
     assert len(pages) == 4
-    assert "384 numbers" in features.show_features(with_photos(), AT, "minilm", None, None, None)
+    assert "of 384 numbers" in features.show_features(with_photos(), AT, "minilm", None, None, None)
     asked = with_photos()
     features.show_features(asked, AT, "minilm", "layer 1 of 4", features.SHARED, features.SMOOTH)
     assert asked.notices == ["Layers are those of the backbone; they are shown in place of the output."]
@@ -147,7 +147,8 @@ def test_bars_for_real_photos(visit, sample_files: list[Path]) -> None:
     rows = base64.b64decode(table["data"]).decode().splitlines()
     assert rows[0] == "photo,cat,motorcycle,rocket"
     assert len(rows) == 5
-    where = words.show_where(visit(word="cat"), "ignored", AT)
+    asked, where = words.show_where_of_bar(visit(word="cat"), "ignored", AT)
+    assert asked == "cat"
     assert len(layers(where)) == 4
     assert "“cat”" in where
 

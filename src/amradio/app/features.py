@@ -64,5 +64,5 @@ def show_features(visit: Visit, resolution: Any, output: Any, layer: Any, colour
     ]
     h, w, width = next(iter(maps.values())).shape
     cards = [card_of(photos[key], layer=pictures[key], ending="features") for key in pictures]
-    meaning = "Equal colours mean similar features" + (" within one photo." if colours == OWN else ", in all photos.")
-    return grid(cards, blend=1.0, hint=f"{meaning} Each map has {h} x {w} patches, {width} numbers each.")
+    meaning = "Equal colours mean similar features" + (" within one photo." if colours == OWN else ".")
+    return grid(cards, blend=1.0, hint=f"{meaning} Maps like {h} x {w} patches of {width} numbers.")

@@ -294,8 +294,10 @@ class _Parts:
 
         for listen in (self._compare.click, self._labels.submit):
             on(listen, words.show_bars, [self._labels, self._resolution], [self._bars], **slow)
-        for listen in (self._look.click, self._where.submit, self._bars.word):
-            on(listen, words.show_where, [self._where, self._resolution], [self._where_grid], **slow)
+        asked = [self._where, self._resolution]
+        for listen in (self._look.click, self._where.submit):
+            on(listen, words.show_where, asked, [self._where_grid], **slow)
+        on(self._bars.word, words.show_where_of_bar, asked, [self._where, self._where_grid], **slow)
 
         how = [self._resolution, self._segment_output, self._gradients, self._strict]
         on(self._board.choose, segment.choose, [], [self._board], show_progress="hidden")

@@ -104,7 +104,8 @@ def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, stric
     carried = {key: carry(memory, found.features) for key, found in maps.items()}
     below = _threshold([c.similarity for c in carried.values()]) if strict else None
     cards, results = [], []
-    for key, one in carried.items():
+    for key in sorted(carried, key=lambda key: key not in labelled):  # examples first
+        one = carried[key]
         photo = photos[key]
         own = None if key in labelled and BACKGROUND in seen else below
         labels = settle(one, (photo.shown.height, photo.shown.width), own).numpy()

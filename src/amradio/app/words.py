@@ -111,6 +111,12 @@ def show_where(visit: Visit, text: Any, resolution: Any) -> str:
     return grid(cards, blend=0.65, legend=scale("less", "more", colour_bar()), hint=hint)
 
 
+def show_where_of_bar(visit: Visit, text: Any, resolution: Any) -> tuple[str, str]:
+    """The same for a bar that was clicked on; also returns its word, for the box."""
+    page = show_where(visit, text, resolution)
+    return str(visit.event.get("word", text)), page
+
+
 def _needs_words(visit: Visit, name: str | None) -> str:
     if name is None:
         raise CapabilityError(
