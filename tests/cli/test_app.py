@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,3 +67,12 @@ def test_other_options(served: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
     assert "everybody who can reach this machine" in out
     assert f"1 pictures of {tmp_path / 'photos'}" in out
     assert list((tmp_path / "cache").iterdir())
+
+
+def test_ending_the_process_ends_the_wait() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        command._until_interrupted()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -109,7 +110,11 @@ def _open(address: str) -> None:
 
 
 def _until_interrupted() -> None:
+    """Wait for Ctrl+C, or to be told to end, so that what is on the disk can be removed."""
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
     try:
-        threading.Event().wait()
+        while not over.wait(1.0):  # without a limit, Windows would not notice Ctrl+C
+            pass
     except KeyboardInterrupt:
         return
