@@ -24,7 +24,7 @@ BIN := .venv/bin
 endif
 TORCH_INDEX ?=
 JOBS ?= 2
-EXTRAS := dev,docs,demo,hf,datasets,search,viz,video
+EXTRAS := dev,docs,demo,hf,datasets,search,viz,video,app,train,onnx
 PY := $(BIN)/python
 STAMP := .venv/.installed
 SOURCES := src tests examples benchmarks tools hubconf.py

@@ -201,7 +201,8 @@ def test_cmyk_jpeg_without_adobe_marker_is_not_inverted():
 @pytest.mark.parametrize(("mode", "kind"), [("YCbCr", "TIFF"), ("LAB", "TIFF")])
 def test_other_colour_spaces(mode, kind):
     source = Image.new("RGB", (4, 4), (180, 90, 40))
-    got = pixels(encoded(source.convert(mode), kind))
+    # Pillow 12 cannot read the uncompressed YCbCr that it writes.
+    got = pixels(encoded(source.convert(mode), kind, compression="tiff_lzw"))
     np.testing.assert_allclose(got, np.asarray(source), atol=3)
 
 
