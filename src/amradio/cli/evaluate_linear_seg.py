@@ -59,6 +59,8 @@ class LinearSeg(SegmentationOptions):
     """Use a head that --head-out wrote, and fit none."""
     cache: Path | None = None
     """Folder that keeps the features of the training pictures for the next run (clean)."""
+    checkpoint: Path | None = None
+    """File that keeps the state of the training; if it is there, the training goes on from it (not ridge)."""
 
     def policy(self, backbone: Backbone, resolution: Size | tuple[()]) -> ResizePolicy:
         """Nothing of a picture is left out, as all of it is scored."""
@@ -80,17 +82,20 @@ class LinearSeg(SegmentationOptions):
             head_in=self.head_in,
             head_out=self.head_out,
             cache=self.cache,
+            checkpoint=self.checkpoint,
         )
 
     def check(self) -> None:
         """Refuse options that do not fit together before anything is read."""
         config = self._config()
         several = len(self.model) > 1 or len(self.resolution) > 1
-        if several and (self.head_in is not None or self.head_out is not None):
+        if several and any(file is not None for file in (self.head_in, self.head_out, self.checkpoint)):
             raise OptionError(
-                "A head belongs to one model at one resolution: --head-out and --head-in take one --model and one "
-                "--resolution."
+                "A head belongs to one model at one resolution: --head-out, --head-in and --checkpoint take one "
+                "--model and one --resolution."
             )
+        if self.checkpoint is not None and config.protocol.solver == "ridge":
+            raise OptionError("--checkpoint keeps the state of a training; ridge is solved in one pass.")
         if self.cache is not None and (config.protocol.augmentation is not None or config.protocol.solver == "ridge"):
             raise OptionError(f"--cache is for the protocol clean; {self.protocol} reads no features a second time.")
 

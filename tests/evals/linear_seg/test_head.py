@@ -41,11 +41,11 @@ def test_training_is_that_of_torchs_layers() -> None:
     masks[:, :, :, :5] = 255
     head = BatchNormLinear(5, 4, seed=1)
     reference = Reference(head).train()
-    batches = iter(
-        [Batch(m.permute(0, 2, 3, 1).flatten(0, 2), masks=t, grid=(3, 4)) for m, t in zip(maps, masks, strict=True)]
-    )
+    batches = [
+        Batch(m.permute(0, 2, 3, 1).flatten(0, 2), masks=t, grid=(3, 4)) for m, t in zip(maps, masks, strict=True)
+    ]
     found: list[float] = []
-    train_head(head, batches, PROTOCOL, on_step=lambda _, loss: found.append(loss))
+    train_head(head, lambda _: iter(batches), PROTOCOL, on_step=lambda _, loss: found.append(loss))
 
     optimizer = torch.optim.AdamW(reference.parameters(), lr=PROTOCOL.lr, weight_decay=PROTOCOL.weight_decay)
     losses = []
@@ -76,9 +76,8 @@ def test_the_loss_at_patches_is_the_cross_entropy_of_every_labelled_pixel() -> N
         logs = head(features, mean, variance).log_softmax(1)
     wanted = -sum(float(counts[i, c] * logs[i, c]) for i in range(3) for c in range(3)) / 20
     found: list[float] = []
-    train_head(
-        BatchNormLinear(4, 3, seed=0), iter([Batch(features, counts)]), PROTOCOL, on_step=lambda _, x: found.append(x)
-    )
+    batches = [Batch(features, counts)]
+    train_head(BatchNormLinear(4, 3, seed=0), lambda _: iter(batches), PROTOCOL, on_step=lambda _, x: found.append(x))
     assert found[0] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -99,7 +98,7 @@ def test_two_processes_train_the_head_of_one() -> None:
     features, counts = torch.randn(6, 4), torch.randint(0, 5, (6, 3), dtype=torch.int32)
     protocol = dataclasses.replace(PROTOCOL, iterations=1, warmup=0)
     whole = BatchNormLinear(4, 3)
-    train_head(whole, iter([Batch(features, counts)]), protocol)
+    train_head(whole, lambda _: iter([Batch(features, counts)]), protocol)
     # One step: statistics of a half do not depend on the other half, its gradient does, through the statistics.
     halves = [Batch(features[:2], counts[:2]), Batch(features[2:], counts[2:])]
     statistics: list[Tensor] = []
@@ -111,10 +110,10 @@ def test_two_processes_train_the_head_of_one() -> None:
     gradients = []
     for i, half in enumerate(halves):
         probe = Half([statistics[1 - i], zeros])
-        train_head(BatchNormLinear(4, 3), iter([half]), protocol, probe)  # type: ignore[arg-type]
+        train_head(BatchNormLinear(4, 3), lambda _, half=half: iter([half]), protocol, probe)  # type: ignore[arg-type]
         gradients.append(probe.mine[1])
     head = BatchNormLinear(4, 3)
-    train_head(head, iter([halves[0]]), protocol, Half([statistics[1], gradients[1]]))  # type: ignore[arg-type]
+    train_head(head, lambda _: iter([halves[0]]), protocol, Half([statistics[1], gradients[1]]))  # type: ignore[arg-type]
     for a, b in zip(head.state_dict().values(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 

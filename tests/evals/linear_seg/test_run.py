@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import amradio
 from amradio.cli import main
 from amradio.errors import CapabilityError, DatasetError, OptionError
-from amradio.evals.linear_seg import LinearSegConfig, get_protocol, linear_seg_policy, run_linear_seg
+from amradio.evals.linear_seg import LinearSegConfig, get_protocol, linear_seg_policy, run, run_linear_seg
+from amradio.evals.linear_seg.checkpoint import Checkpoint
 from amradio.evals.linear_seg.config import Augmentation, LinearSegProtocol
 from amradio.evals.runner import Setup
 from amradio.features import ExtractOptions
@@ -124,6 +127,57 @@ def test_a_head_is_kept(backbone: Any, make_set: Sets, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(OptionError, match="cannot be read as a head"):
         run_linear_seg(backbone, train, val, config, setup(backbone), head_in=tmp_path / "text")
+
+
+class KilledError(Exception):
+    """Somebody ended the run."""
+
+
+def kill_at(step: int) -> Callable[[int, float], None]:
+    def on_step(now: int, loss: float) -> None:
+        if now == step:
+            raise KilledError
+
+    return on_step
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("protocol", [QUICK, CROPS], ids=lambda p: p.name)
+def test_a_killed_training_goes_on_to_the_same_bits(
+    backbone: Any, make_set: Sets, tmp_path: Path, protocol: LinearSegProtocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Checkpoint", functools.partial(Checkpoint, every=7))
+    train, val = make_set("train", 6, 0), make_set("val", 2, 1)
+    (tmp_path / "train" / "images" / "3.png").write_bytes(b"no picture")
+    config = LinearSegConfig(protocol=dataclasses.replace(protocol, iterations=20))
+
+    def probe(name: str, **options: Any) -> Any:
+        return run_linear_seg(backbone, train, val, config, setup(backbone), head_out=tmp_path / name, **options)
+
+    whole, steps = probe("whole.safetensors"), []
+    state = tmp_path / "states" / "state.safetensors"
+    with pytest.raises(KilledError):
+        probe("never", checkpoint=state, on_step=kill_at(16))
+    resumed = probe("resumed.safetensors", checkpoint=state, on_step=lambda step, _: steps.append(step))
+    assert steps == list(range(14, 20))
+    assert same_tensors(tmp_path / "resumed.safetensors", tmp_path / "whole.safetensors")
+    assert resumed.details["loss"] == whole.details["loss"]
+    assert resumed.failed == whole.failed
+    assert resumed.metrics == whole.metrics
+    probe("done.safetensors", checkpoint=state, on_step=kill_at(0))  # no step is left
+    assert same_tensors(tmp_path / "done.safetensors", tmp_path / "whole.safetensors")
+
+    config = dataclasses.replace(config, seed=1)
+    with pytest.raises(OptionError, match=r"belongs to another training: seed is not the same\. Name another file"):
+        probe("never", checkpoint=state)
+    state.write_text("hello")
+    with pytest.raises(OptionError, match="cannot be read as the state of a training"):
+        probe("never", checkpoint=state)
+    assert not (tmp_path / "never").exists()
 
 
 def test_broken_pictures_are_left_out(backbone: Any, make_set: Sets, tmp_path: Path) -> None:

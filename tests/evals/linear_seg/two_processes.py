@@ -42,9 +42,13 @@ def measure(folder: Path, group: Group | None) -> dict[str, Any]:
     backbone = parts.ColourBackbone()
     train, val = open_segmentation(folder / "train"), open_segmentation(folder / "val")
     found: dict[str, Any] = {}
+
+    def kept(name: str) -> dict[str, Any]:
+        return {} if SCHEDULES[name].solver == "ridge" else {"checkpoint": folder / f"{name}-{group is None}.state"}
+
     for name, protocol in SCHEDULES.items():
         setup = Setup(linear_seg_policy(backbone, [16]), ExtractOptions(batch_size=2, workers=2), group=group)
-        report = run_linear_seg(backbone, train, val, LinearSegConfig(protocol=protocol), setup)
+        report = run_linear_seg(backbone, train, val, LinearSegConfig(protocol=protocol), setup, **kept(name))
         found[name] = {
             "metrics": {key: metric.value for key, metric in report.metrics.items()},
             "loss": report.details.get("loss", []),

@@ -19,6 +19,7 @@ from amradio.errors import DatasetError, OptionError
 from amradio.evals.classification import class_labels
 from amradio.evals.in_context.memory import patch_counts
 from amradio.evals.in_context.metrics import Confusion, iou
+from amradio.evals.linear_seg.checkpoint import Checkpoint
 from amradio.evals.linear_seg.config import LinearSegConfig
 from amradio.evals.linear_seg.data import Reader, Sample
 from amradio.evals.linear_seg.head import BatchNormLinear, LinearMap
@@ -37,6 +38,7 @@ from amradio.features.runner import FeatureRecord
 from amradio.images.resize import ResizePolicy
 
 if TYPE_CHECKING:
+    from amradio.distributed import Group
     from amradio.images.resize import ResizeMode
     from amradio.images.segmentation import SegmentationSample, SegmentationSet
 
@@ -80,6 +82,7 @@ def run_linear_seg(
     head_in: str | os.PathLike[str] | None = None,
     head_out: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> EvalReport:
     """Fit a linear head on frozen patch features, and score what it makes of other pictures.
@@ -94,6 +97,8 @@ def run_linear_seg(
         head_out: Where the head is written.
         cache: Folder in which the features of `train` are kept for another run, under protocols that see every picture
             always alike; without it they lie in a temporary folder.
+        checkpoint: File in which the state of the training is kept every few hundred steps. If it is there, training
+            goes on from it.
         on_step: Gets number and loss of each training step.
 
     Returns:
@@ -111,7 +116,7 @@ def run_linear_seg(
         head, details = load_head(head_in, run.about()), {"head": os.fspath(head_in)}
         run.measurement.notes.append(f"The head was read from {os.fspath(head_in)}.")
     else:
-        head, details = run.fit(cache, on_step)
+        head, details = run.fit(cache, checkpoint, on_step)
     if head_out is not None and setup.is_main:
         save_head(head, run.about(), head_out)
     return run.score(head, details)
@@ -162,17 +167,25 @@ class _Run:
         }
 
     def fit(
-        self, cache: str | os.PathLike[str] | None, on_step: Callable[[int, float], None] | None
+        self,
+        cache: str | os.PathLike[str] | None,
+        checkpoint: str | os.PathLike[str] | None,
+        on_step: Callable[[int, float], None] | None,
     ) -> tuple[LinearMap, dict[str, Any]]:
         """Fit the head; returns it and what is worth knowing about the fit."""
         if self.protocol.solver == "ridge":
             return self._ridge()
+        state = None if checkpoint is None else self._checkpoint(Path(checkpoint))
         with self._stage("fit"):
             if self.protocol.augmentation is not None:
-                return self._trained(self._crops(), on_step)
+                return self._trained(lambda first: self._crops(first, state), on_step, state)
             with _folder(cache) as folder:
                 file = self._features(folder)
-                return self._trained(self._stored(file), on_step)
+                return self._trained(lambda first: self._stored(file, first), on_step, state)
+
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        about = {**self.about(), "train": self.train.fingerprint, "seed": self.config.seed}
+        return Checkpoint(path, about, self.setup.group)
 
     def score(self, head: LinearMap, details: dict[str, Any]) -> EvalReport:
         """Segment the evaluation set."""
@@ -260,10 +273,13 @@ class _Run:
         return found.head, {"ridge": found.strength, "held_out_error": errors}
 
     def _trained(
-        self, batches: Iterator[Batch], on_step: Callable[[int, float], None] | None
+        self,
+        batches: Callable[[int], Iterator[Batch]],
+        on_step: Callable[[int, float], None] | None,
+        checkpoint: Checkpoint | None,
     ) -> tuple[LinearMap, dict[str, Any]]:
         head = BatchNormLinear(self._dim(), len(self.train.class_names), self.config.seed).to(self.device)
-        losses = train_head(head, batches, self.protocol, self.setup.group, on_step)
+        losses = train_head(head, batches, self.protocol, self.setup.group, on_step, checkpoint)
         return head.folded(), {"loss": losses}
 
     def _features(self, folder: Path) -> FeatureFile:
@@ -294,26 +310,29 @@ class _Run:
             file.write(self._pictures())
         return file
 
-    def _stored(self, file: FeatureFile) -> Iterator[Batch]:
+    def _stored(self, file: FeatureFile, first: int) -> Iterator[Batch]:
         dim, classes = self._dim(), len(self.train.class_names)
-        for positions in batches_of(len(self.train), self.protocol, self.config.seed):
+        for positions in batches_of(len(self.train), self.protocol, self.config.seed, first):
             found = [file.read(p) for p in positions if p in file.positions]
             features = torch.cat([torch.zeros(0, dim), *(f for f, _ in found)])  # [N, D]
             counts = torch.cat([torch.zeros(0, classes, dtype=torch.int32), *(c for _, c in found)])  # [N, C]
             yield Batch(features.to(self.device), counts.to(self.device))
 
-    def _crops(self) -> Iterator[Batch]:
+    def _crops(self, first: int, checkpoint: Checkpoint | None) -> Iterator[Batch]:
         group, size = self.setup.group, self.protocol.batch_size
         rank, world = (0, 1) if group is None else (group.rank, group.world_size)
-        start, self._failures = time.perf_counter(), []
+        start = time.perf_counter()
         failed: dict[int, Failure] = {}
+        if checkpoint is not None:  # pictures that failed before a run was killed are in the report of the next
+            failed = {f["position"]: Failure(**f) for f in checkpoint.found or ()}
+            checkpoint.notes = lambda: [dataclasses.asdict(f) for f in _everyones(list(failed.values()), group)]
 
         def own() -> Iterator[tuple[int, int, SegmentationSample]]:
-            for step, batch in enumerate(batches_of(len(self.train), self.protocol, self.config.seed)):
+            for step, batch in enumerate(batches_of(len(self.train), self.protocol, self.config.seed, first), first):
                 yield from ((step * size + k, batch[k], self.train[batch[k]]) for k in range(rank, size, world))
 
         stream = self.reader.crops(own(), self.config.seed)
-        for _ in range(self.protocol.iterations):
+        for _ in range(first, self.protocol.iterations):
             samples = [next(stream) for _ in range(rank, size, world)]
             failed |= {f.position: f for s in samples if (f := _failure(s)) is not None}
             yield self._batch([s for s in samples if s.reason is None])
@@ -351,11 +370,8 @@ class _Run:
             self.setup.on_record(record)
 
     def _finish(self, role: str, images: SegmentationSet, seconds: float) -> None:
-        group = self.setup.group
-        parts = [self._failures] if group is None else group.all_gather_objects(self._failures)
-        failures = {f.position: f for part in parts for f in part}
-        ordered = [failures[position] for position in sorted(failures)]
-        self.measurement.record(role, images.images, ordered, {"wall_s": seconds}, seconds)
+        failures = _everyones(self._failures, self.setup.group)
+        self.measurement.record(role, images.images, failures, {"wall_s": seconds}, seconds)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -383,6 +399,13 @@ def _folder(cache: str | os.PathLike[str] | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="amradio-linear-seg-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def _everyones(failures: list[Failure], group: Group | None) -> list[Failure]:
+    """The failures of all processes, in the order of pictures, each once."""
+    parts = [failures] if group is None else group.all_gather_objects(failures)
+    found = {f.position: f for part in parts for f in part}
+    return [found[position] for position in sorted(found)]
 
 
 def _failure(sample: Sample) -> Failure | None:

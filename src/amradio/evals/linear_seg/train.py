@@ -18,6 +18,7 @@ from amradio.images.segmentation import VOID
 
 if TYPE_CHECKING:
     from amradio.distributed import Group
+    from amradio.evals.linear_seg.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,22 @@ def learning_rate(step: int, protocol: LinearSegProtocol) -> float:
     return protocol.lr * (protocol.iterations - step) / max(protocol.iterations - protocol.warmup, 1)
 
 
-def batches_of(count: int, protocol: LinearSegProtocol, seed: int) -> Iterator[list[int]]:
+def batches_of(count: int, protocol: LinearSegProtocol, seed: int, first: int = 0) -> Iterator[list[int]]:
     """Positions of the pictures of each step: one permutation of the set after the other.
 
     Args:
         count: Pictures in the set.
         protocol: Batch size and number of steps.
         seed: Of the order.
+        first: Steps to leave out at the beginning.
     """
     rng = np.random.default_rng(seed)
     waiting: list[int] = []
-    for _ in range(protocol.iterations):
+    for step in range(protocol.iterations):
         while len(waiting) < protocol.batch_size:
             waiting += rng.permutation(count).tolist()
-        yield waiting[: protocol.batch_size]
+        if step >= first:
+            yield waiting[: protocol.batch_size]
         waiting = waiting[protocol.batch_size :]
 
 
@@ -81,27 +84,29 @@ def summed_loss(scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def train_head(
     head: BatchNormLinear,
-    batches: Iterator[Batch],
+    batches: Callable[[int], Iterator[Batch]],
     protocol: LinearSegProtocol,
     group: Group | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Train a head in place.
 
     Args:
         head: On the device of the batches.
-        batches: One for each step.
+        batches: Gives one for each step, from a given step on.
         protocol: The schedule.
         group: The processes that share each batch; all have the same head before and after.
         on_step: Gets number and loss of each step.
+        checkpoint: Where the state is kept, and taken up from.
 
     Returns:
         Mean loss of each tenth of the training.
     """
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=protocol.lr, betas=(0.9, 0.999), weight_decay=protocol.weight_decay)
-    losses: list[float] = []
-    for step, batch in enumerate(batches):
+    losses: list[float] = [] if checkpoint is None else checkpoint.load(head, optimizer)
+    for step, batch in enumerate(batches(len(losses)), len(losses)):
         for settings in optimizer.param_groups:
             settings["lr"] = learning_rate(step, protocol)
         mean, variance = head.observe(batch.features, group)
@@ -110,6 +115,8 @@ def train_head(
         loss.backward()
         losses.append(_averaged(parameters, loss.detach(), amount, group))
         optimizer.step()
+        if checkpoint is not None:
+            checkpoint.save(head, optimizer, losses, last=step + 1 == protocol.iterations)
         if on_step is not None:
             on_step(step, losses[-1])
     edges = np.linspace(0, len(losses), min(10, len(losses)) + 1).round().astype(int)
