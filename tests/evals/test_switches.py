@@ -35,6 +35,27 @@ def test_a_smooth_curve_has_no_switch(name: str, sweep: list[int]) -> None:
     verdict = find_switches(sweep, pictures(GROWTH[name](r), noise=0.003))
     assert verdict.switches == ()
     assert str(verdict).startswith("No switch between")
+    assert verdict.at_end is None
+
+
+@pytest.mark.parametrize(("first", "low", "high"), [(0, 896, 960), (0, 960, 1024), (0, 64, 128), (1, 128, 192)])
+def test_a_step_at_an_end_of_the_sweep_is_named_and_not_judged(first: int, low: int, high: int) -> None:
+    sweep = COARSE[first:]
+    verdict = find_switches(sweep, pictures(0.25 + 0.65 * (np.array(sweep) > low), noise=0.003))
+    assert verdict.switches == ()
+    assert verdict.at_end is not None
+    assert (verdict.at_end.low, verdict.at_end.high) == (low, high)
+    assert verdict.at_end.after - verdict.at_end.before == pytest.approx(0.65, abs=0.01)
+    assert verdict.searched is not None
+    words = f"No switch between {verdict.searched[0]} and {verdict.searched[1]} px. But between {low} and {high} px, at"
+    assert str(verdict).startswith(words)
+
+
+def test_a_switch_inside_and_a_step_at_the_end() -> None:
+    r = np.array(COARSE, float)
+    verdict = find_switches(COARSE, pictures(0.2 + 0.2 * (r > 320) + 0.6 * (r > 960), noise=0.003))
+    assert [s.low for s in verdict.switches] == [320]
+    assert "But between 960 and 1024 px" in str(verdict)
 
 
 @pytest.mark.parametrize("sweep", [COARSE, FINE])

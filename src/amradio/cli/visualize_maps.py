@@ -103,7 +103,9 @@ class PCA(DrawCommand):
             ]
             for i, photo in enumerate(photos)
         ]
-        same = "each photo" if self.basis == "image" else "all photos" if len(columns) == 1 else "each model"
+        same = (
+            "each photo" if self.basis == "image" else "all photos" if len(columns) == 1 else "each output of a model"
+        )
         of = f"components {self.skip + 1} to {self.skip + 3}" if self.skip else "the first three principal components"
         note = f"Red, green and blue: {of} of the features, one basis for {same}."
         return Drawing(["photo", *(c.head for c in columns)], rows, note)
@@ -199,6 +201,14 @@ class Attention(HeatCommand):
     """Number of a token, class tokens first; default all class tokens. Repeat the option for several."""
     head: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
     """One attention head, from 0; default the mean over all. Repeat the option for several."""
+
+    def check(self) -> None:
+        """Refuse adaptors, which have no attention of their own."""
+        super().check()
+        if any(name != "backbone" for name in self.adaptor):
+            raise OptionError(
+                "Attention is that of the trunk, which all adaptors share: leave out --adaptor. --layer chooses a block."
+            )
 
     def compute(self, backbone: Backbone, photo: Image, policy: ResizePolicy, layer: int | None) -> Any:
         """An `AttentionMap`."""

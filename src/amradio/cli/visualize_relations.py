@@ -13,6 +13,7 @@ from amradio.cli.visualize_options import Column, DrawCommand, Drawing, Photo, g
 from amradio.errors import CapabilityError, OptionError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from amradio.backbones.protocol import Backbone
@@ -40,7 +41,7 @@ class Similarity(HeatCommand):
         if not photos[0].is_first:
             raise OptionError("The first photo, in which the places are, could not be used.")
         own = photos[0].picture
-        places = [_parse_place(place, own.size) for place in self.at or ("50%,50%",)]
+        places = [_place_on(own, place) for place in self.at or ("50%,50%",)]
         rows = [[Cell(self.shown(columns[0].results[i].photo), photo.name)] for i, photo in enumerate(photos)]
         legend = None
         for column in columns:
@@ -200,4 +201,18 @@ def _parse_place(place: str, size: tuple[int, int]) -> tuple[float, float]:
         raise OptionError(f"--at {place!r} is no place: write X,Y in pixels, or in percent, as 50%,40%.") from None
     # The far end of a photo is its last pixel.
     x, y = (min(value, side - 1) if w == "100%" else value for value, side, w in zip(found, size, words, strict=True))
+    return x, y
+
+
+def _place_on(photo: Image, place: str) -> tuple[float, float]:
+    """A place in pixels of a photo.
+
+    Raises:
+        OptionError: It is beside the photo.
+    """
+    x, y = _parse_place(place, photo.size)
+    if not (0 <= x < photo.width and 0 <= y < photo.height):
+        raise OptionError(
+            f"--at {place} is not on the photo, which is {photo.width} pixels wide and {photo.height} high."
+        )
     return x, y

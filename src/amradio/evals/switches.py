@@ -13,6 +13,8 @@ too small or were never seen; that is no switch. The definition, which is ours:
   the trend.
 - It is a switch if the size is at least 0.05, and at least the difference of the changes before and after (a bend of
   the curve has at most half of that), and if half of the pictures have at least half of it.
+- At either end of a sweep a stretch to compare with is missing. A change there is named, but not judged, if it is
+  larger than any further inside and three times as fast as that over the next gap inwards.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ LEAST_SIZE = 0.05
 _LEAST_RATIO = 1.0
 _LEAST_AGREEMENT = 0.5
 _LEAST_FLANK = 0.5  # of the width of a window
+_END_RATIO = 3.0
 _LOCAL_SHARE = 0.8  # of the window's change: that is where the switch is
 
 Values = NDArray[np.float64]
@@ -64,6 +67,23 @@ class Change:
 
 
 @dataclass(frozen=True)
+class EndChange:
+    """A change too near to an end of the sweep to tell whether it is a switch.
+
+    Attributes:
+        low: Resolution in pixels before it.
+        high: Resolution after it.
+        before: Error at `low`.
+        after: Error at `high`.
+    """
+
+    low: int
+    high: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Whether a curve switches.
 
@@ -72,22 +92,37 @@ class Verdict:
         largest: The largest change beyond the trend anywhere, switch or not; None if the sweep is too short to tell.
         searched: First and last resolution between which a switch would be seen; None likewise.
         least_size: From which size on a change counts.
+        at_end: The largest change between two neighbouring resolutions outside of `searched`, if it is larger than
+            `largest` and counts.
     """
 
     switches: tuple[Change, ...]
     largest: Change | None
     searched: tuple[int, int] | None
     least_size: float
+    at_end: EndChange | None = None
 
     def __str__(self) -> str:
         if self.largest is None or self.searched is None:
             return "No verdict: too few resolutions, too close to each other. Sweep over a factor of 2 at least."
         if self.switches:
-            return " ".join(map(_sentence, self.switches))
+            return " ".join([*map(_sentence, self.switches), *self._open()])
+        if self.at_end is not None:
+            return f"No switch between {self.searched[0]} and {self.searched[1]} px. {self._open()[0]}"
         return (
             f"No switch between {self.searched[0]} and {self.searched[1]} px: the largest change beyond the trend, "
             f"{self.largest.size:+.2g} between {self.largest.low} and {self.largest.high} px, {self._why_not()}."
         )
+
+    def _open(self) -> list[str]:
+        """What the sweep is too short to judge."""
+        end = self.at_end
+        if end is None:
+            return []
+        return [
+            f"But between {end.low} and {end.high} px, at the end of the sweep, the error goes from {end.before:.3f} "
+            f"to {end.after:.3f}: sweep further to see whether that is a switch."
+        ]
 
     def _why_not(self) -> str:
         """Why the largest change is no switch."""
@@ -130,7 +165,8 @@ def find_switches(
         middle = np.median(np.stack([values[:-2], values[1:-1], values[2:]]), 0)
         values = np.concatenate([values[:1], middle, values[-1:]])
     x = np.log(np.asarray(resolutions, dtype=np.float64))
-    windows = [w for w in (_window(x, i, float(np.log(factor))) for i in range(len(x) - 1)) if w is not None]
+    about = [_window(x, i, float(np.log(factor))) for i in range(len(x) - 1)]
+    windows = [w for w in about if w is not None]
     if not windows:
         return Verdict((), None, None, least_size)
     changes = sorted(
@@ -142,7 +178,24 @@ def find_switches(
         if abs(change.size) >= least_size and change.is_local and apart:
             switches.append((change, w))
     searched = round(float(np.exp(windows[0][1]))), round(float(np.exp(windows[-1][2])))
-    return Verdict(tuple(change for change, _ in switches), changes[0][0], searched, least_size)
+    largest = changes[0][0]
+    unsearched = [i for i, w in enumerate(about) if w is None]
+    at_end = _at_end(resolutions, x, values.mean(1), unsearched, max(least_size, abs(largest.size)))
+    return Verdict(tuple(change for change, _ in switches), largest, searched, least_size, at_end)
+
+
+def _at_end(
+    resolutions: Sequence[int], x: Values, mean: Values, unsearched: Sequence[int], least: float
+) -> EndChange | None:
+    """The largest change over a gap that no window is about, if it is at least so large and stands out."""
+    changes = np.abs(np.diff(mean))  # [R - 1]
+    if not unsearched or changes[i := max(unsearched, key=lambda gap: float(changes[gap]))] < least:
+        return None
+    inwards = i + 1 if i < len(changes) / 2 else i - 1
+    speeds = changes / np.diff(x)
+    if speeds[i] < _END_RATIO * speeds[inwards]:
+        return None
+    return EndChange(int(resolutions[i]), int(resolutions[i + 1]), float(mean[i]), float(mean[i + 1]))
 
 
 def _window(x: Values, i: int, width: float) -> Values | None:
