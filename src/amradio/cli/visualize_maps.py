@@ -207,7 +207,8 @@ class Attention(HeatCommand):
         super().check()
         if any(name != "backbone" for name in self.adaptor):
             raise OptionError(
-                "Attention is that of the trunk, which all adaptors share: leave out --adaptor. --layer chooses a block."
+                "Attention is that of the trunk, which all adaptors share: leave out --adaptor. --layer chooses a "
+                "block."
             )
 
     def compute(self, backbone: Backbone, photo: Image, policy: ResizePolicy, layer: int | None) -> Any:
