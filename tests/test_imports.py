@@ -22,7 +22,7 @@ FLOORS = [
     {"app"},
     {"evals", "distill", "viz"},
     {"fungi"},
-    {"features", "search"},
+    {"features", "search", "sam", "hf", "export"},
     {"backbones"},
     {"weights"},
     {"models", "text"},

@@ -11,6 +11,7 @@ from amradio.cli.evaluate_features import CompareFeatures, FeatureStats, ModeSwi
 from amradio.cli.evaluate_in_context import InContext
 from amradio.cli.evaluate_linear_seg import LinearSeg
 from amradio.cli.evaluate_position import Position
+from amradio.cli.evaluate_sam import Sam
 from amradio.cli.evaluate_text import Retrieval, ZeroShot
 from amradio.cli.evaluation import EvalCommand
 from amradio.errors import OptionError
@@ -157,6 +158,7 @@ class Evaluate:
         | Annotated[FeatureStats, tyro.conf.subcommand("feature-stats")]
         | Annotated[CompareFeatures, tyro.conf.subcommand("compare-features")]
         | Annotated[LinearSeg, tyro.conf.subcommand("linear-seg")]
+        | Annotated[Sam, tyro.conf.subcommand("sam")]
     )
 
     @property

@@ -157,12 +157,23 @@ class CocoInstancesLayout:
     def open(self, store: Storage, request: Request) -> Contents:
         """See `Layout`."""
         need_part(store, self.parts[0], self.name)
-        split = _choose(store, self.splits(store), request.split)
-        file = need_part(store, self._annotations(split), self.name)
-        record = _read(store, file)
+        split, file, record = self.annotations(store, request.split)
         labels, names = _numbered({int(c["id"]): str(c["supercategory"]) for c in _categories(record, file)})
         masks = read_instances(record, labels, f"{store.location}/{file}")
         return Contents(_pictures(store, split), masks, request.listed, renamed(names, request, self.name))
+
+    def annotations(self, store: Storage, split: str | None) -> tuple[str, str, Mapping[str, Any]]:
+        """Read the annotations of a split as they are.
+
+        Returns:
+            The split's full name, the name of the file, and its content.
+
+        Raises:
+            DatasetError: There is no such split, or its file is missing or not understood.
+        """
+        split = _choose(store, self.splits(store), split)
+        file = need_part(store, self._annotations(split), self.name)
+        return split, file, _read(store, file)
 
     def _annotations(self, split: str) -> Part:
         return _under_annotations("annotations", f"instances_{split}.json")
