@@ -39,6 +39,8 @@ OPTIONAL = (
     "gradio",
     "matplotlib",
     "onnx",
+    "onnxruntime",
+    "onnxscript",
     "open_clip",
     "ray",
     "scann",

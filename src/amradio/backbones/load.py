@@ -195,9 +195,9 @@ def load_with_report(
     model, report = build_model(checkpoint, adaptors, strict=strict, compat=compat)
     if vitdet_window_size is not None:
         model.set_vitdet(vitdet_window_size)
-    _attach_text(model, hub)
+    attach_text(model, hub)
     if located.entry is not None:
-        _say_licence(located.entry)
+        say_licence(located.entry)
     return model, report
 
 
@@ -296,8 +296,13 @@ def _identity(checkpoint: Checkpoint, located: Located) -> Any:
     )
 
 
-def _attach_text(model: RadioModel, hub: HubOptions) -> None:
-    """Tell each adaptor whose teacher has a text side how to load it; nothing is loaded here."""
+def attach_text(model: RadioModel, hub: HubOptions) -> None:
+    """Tell each adaptor whose teacher has a text side how to load it; nothing is loaded here.
+
+    Args:
+        model: Changed in place.
+        hub: How to reach the hub then.
+    """
     teachers: dict[str, Mapping[str, Any]] = {}
     for teacher in model.config.teachers:
         teachers.setdefault(teacher["name"], teacher)
@@ -313,7 +318,12 @@ def _load_text(teacher: Mapping[str, Any], hub: HubOptions, device: torch.device
     )
 
 
-def _say_licence(entry: CatalogEntry) -> None:
+def say_licence(entry: CatalogEntry) -> None:
+    """Warn, once a process and version, of weights that do not allow commercial use.
+
+    Args:
+        entry: The published model.
+    """
     if entry.commercial or entry.version in _licence_said:
         return
     _licence_said.add(entry.version)
