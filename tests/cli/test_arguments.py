@@ -51,7 +51,7 @@ def test_sizes_and_paths(words: list[str], resolution: tuple[int, ...], images: 
         ["features", "a.jpg", "-o", "out", "--reslution", "3"],
         ["features", "a.jpg"],
         ["feature", "a.jpg"],
-        ["convert", "a", "b", "--to", "onnx"],
+        ["convert", "a", "b", "--to", "tensorflow"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from amradio.weights.layouts import LAYOUTS, UNDERSTOOD, detect, read_checkpoint
 MODELS = Path(__file__).parents[1] / "goldens" / "radio" / "models"
 NAMES = sorted(p.name.removesuffix(".pth.tar") for p in MODELS.iterdir() if p.name != "keys.pth.tar")
 PLAIN = ["cls2_dup", "damp", "ls_grandma", "p14_single", "spec1", "v25_p16", "v3_ls", "v3_small", "v4_attn", "vitdet12"]
-TARGETS = {"native": "m.safetensors", "official": "m.pth.tar", "huggingface": "m"}
+TARGETS = {"native": "m.safetensors", "official": "m.pth.tar", "huggingface": "m", "pretrained": "p"}
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -47,7 +47,7 @@ def test_every_golden_model_survives_every_layout(name: str, tmp_path: Path) -> 
     source = MODELS / f"{name}.pth.tar"
     first = read_checkpoint(source)
     path = source
-    for i, layout in enumerate(["native", "official", "huggingface", "native"]):
+    for i, layout in enumerate(["native", "official", "pretrained", "huggingface", "native"]):
         path = convert(path, tmp_path / str(i) / TARGETS[layout], layout)
         assert detect(path) is LAYOUTS[layout]
         now = read_checkpoint(path)
@@ -156,8 +156,8 @@ def test_unknown_layout(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as raised:
         convert(MODELS / "p14_single.pth.tar", tmp_path / "m", "transformer")
     assert str(raised.value) == (
-        "Unknown layout 'transformer'. Nearest names: transformers. Choose from: native, official, huggingface, "
-        "transformers, timm."
+        "Unknown layout 'transformer'. Nearest names: transformers, pretrained. Choose from: native, official, "
+        "huggingface, transformers, timm, pretrained."
     )
 
 

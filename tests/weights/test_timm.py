@@ -112,6 +112,16 @@ def test_timm_computes_the_same(trunk: ViTConfig, interpolation: Any, tmp_path: 
         torch.testing.assert_close(torch.cat([prefix, patches], 1), want, rtol=1e-5, atol=2e-5)
 
 
+def test_a_named_architecture_of_other_sizes(tmp_path: Path) -> None:
+    path = save(model_of(), tmp_path / "m", "timm")
+    config = json.loads((path / "config.json").read_text())
+    del config["model_args"]["pos_embed_align_corners"]  # which timm leaves to the name
+    for name, wanted in (("base", "align_corners"), ("large", "half_pixel")):
+        changed = config | {"architecture": f"naflexvit_{name}_patch16_radio_v3"}
+        (path / "config.json").write_text(json.dumps(changed))
+        assert read_checkpoint(path).config.position_interpolation == wanted
+
+
 def test_names_and_shapes_are_those_of_timm(tmp_path: Path) -> None:
     trunk = dataclasses.replace(TOY, layer_scale=1e-5, unused_reg_tokens=4)
     state = load_file(save(model_of(trunk), tmp_path / "m.safetensors", "timm", backbone_only=True))

@@ -30,6 +30,22 @@ class RadioOutput(NamedTuple):
         return RadioOutput(*moved)
 
 
+class HiddenStates(NamedTuple):
+    """What a model computes, and the sequences on the way.
+
+    Attributes:
+        outputs: What `RadioModel.forward` gives.
+        last: The final sequence, class and register tokens before patches: [B, P + L, C]. Of E-RADIO, which has no
+            tokens, the features [B, L, D].
+        states: The embedded image and then the sequence after each block, [B, P + L, C] each; of E-RADIO the map
+            after each stage, [B, C_i, h_i, w_i]. Empty unless they were asked for.
+    """
+
+    outputs: RadioOutput | dict[str, RadioOutput]
+    last: Tensor
+    states: tuple[Tensor, ...]
+
+
 def check_feature_fmt(feature_fmt: str, name: str = "feature_fmt", known: tuple[str, ...] = FEATURE_FORMATS) -> None:
     """Refuse an unknown feature format before any work is done.
 

@@ -15,7 +15,7 @@ from amradio.models.configs import ERadioConfig, RadioConfig, Resolution, ViTCon
 from amradio.models.eradio import ERadio
 from amradio.models.intermediates import IntermediatesOptions, collect_intermediates, take_indices
 from amradio.models.normalizers import FeatureNormalizer, InputConditioner, InterFeatureNormalizer
-from amradio.models.output import RadioOutput, arrange, check_feature_fmt
+from amradio.models.output import HiddenStates, RadioOutput, arrange, check_feature_fmt
 from amradio.models.vit import Tokens, VisionTransformer
 
 Compat = Literal["official"] | None
@@ -228,6 +228,38 @@ class RadioModel(nn.Module):
         if intermediates_only:
             return results
         return self._output_of_tokens(collected.final, images, output_fmt), results
+
+    def forward_hidden_states(self, images: Tensor, feature_fmt: str = "NLC", *, keep: bool = True) -> HiddenStates:
+        """Compute what `forward` does, and hand out whole token sequences too.
+
+        Nothing is normalised by stored statistics in the sequences; `forward_intermediates` does that.
+
+        Args:
+            images: As for `forward`.
+            feature_fmt: As for `forward`.
+            keep: Whether to keep the sequence after each block, and not only the last one.
+
+        Returns:
+            The outputs, and the sequences.
+
+        Raises:
+            OptionError: `feature_fmt` is unknown.
+            ResolutionError: The image size is not supported.
+        """
+        check_feature_fmt(feature_fmt)
+        self._check_size(images)
+        x = self._conditioned(images)
+        if isinstance(self.model, ERadio):
+            (summary, features), maps = self.model.forward_intermediates(x)
+            outputs = self._output(summary, summary, features, images, feature_fmt)
+            return HiddenStates(outputs, features, tuple(maps) if keep else ())
+        states: list[Tensor] = []
+        for _, sequence in self.model.steps(x):
+            if keep:
+                states.append(sequence.in_order())
+        tokens = self.model.finish(sequence.tokens())
+        last = torch.cat(tokens, dim=1) if self.model.config.final_norm else sequence.in_order()  # [B, P + L, C]
+        return HiddenStates(self._output_of_tokens(tokens, images, feature_fmt), last, tuple(states))
 
     def prefix_attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Compute how the class and register tokens attend in one block.

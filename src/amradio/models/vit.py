@@ -6,8 +6,9 @@ an image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,23 @@ class DynamicTanh(nn.Module):
         return self.gamma * torch.tanh(self.alpha * x) + self.beta
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mean of the values for each query, weighed by the softmax over the keys.
+
+    Args:
+        q: [B, H, N, C/H].
+        k: [B, H, N, C/H].
+        v: [B, H, N, C/H].
+
+    Returns:
+        [B, N, H, C/H].
+    """
+    if k.device.type == "cpu" and caching_is_safe() and k.shape[2] >= LONG_SEQUENCE:
+        # All keys are read once for every few queries; interleaved as they are, each row is on a page of its own.
+        k, v = k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B, N, H, C/H]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of `qkv` are q, k, v, each split into heads contiguously."""
 
@@ -50,13 +68,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over tokens [B, N, C]."""
-        b, n, c = x.shape
-        q, k, v = self._heads(x)
-        if x.device.type == "cpu" and caching_is_safe() and n >= LONG_SEQUENCE:
-            # All keys are read once for every few queries; interleaved as they are, each row is on a page of its own.
-            k, v = k.contiguous(), v.contiguous()
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, C/H]
-        return self.proj(y.transpose(1, 2).reshape(b, n, c))  # type: ignore[no-any-return]  # [B, N, C]
+        y = self.attend(*self._heads(x)).reshape(x.shape)  # [B, N, C]
+        return self.proj(y)  # type: ignore[no-any-return]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `attend`."""
+        return attend(q, k, v)
 
     def weights(self, x: Tensor, count: int) -> Tensor:
         """How the first tokens of [B, N, C] spread their attention over all of them: float32 [B, H, count, N]."""
@@ -185,6 +202,7 @@ class VisionTransformer(nn.Module):
     Attributes:
         window_size: Side of the ViTDet windows in patches, None for global attention everywhere.
         grad_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        checkpoint: What does so: takes a block and its input.
     """
 
     def __init__(self, config: ViTConfig, interpolation: PositionInterpolation = "half_pixel") -> None:
@@ -197,6 +215,7 @@ class VisionTransformer(nn.Module):
         self.input_multiple = config.patch_size
         self.window_size: int | None = None
         self.grad_checkpointing = False
+        self.checkpoint: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
         self._global: tuple[bool, ...] = ()
         self.patch_generator = PatchGenerator(config, interpolation)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
@@ -218,6 +237,11 @@ class VisionTransformer(nn.Module):
         """
         self.window_size = window_size
         self._global = () if window_size is None else global_blocks(len(self.blocks), num_windowed, num_global)
+
+    @property
+    def global_schedule(self) -> tuple[bool, ...]:
+        """Whether each block attends globally; empty without windows."""
+        return self._global
 
     def forward(self, images: Tensor) -> Tokens:
         """Run the trunk.
@@ -249,16 +273,31 @@ class VisionTransformer(nn.Module):
             Block index and its output (before any final norm), for each wanted block and for the last one run.
         """
         stop = len(self.blocks) - 1 if stop is None else stop
+        for i, sequence in self.steps(images, stop):
+            if i == stop or i in wanted:
+                yield i, sequence.tokens()
+
+    def steps(self, images: Tensor, stop: int | None = None) -> Iterator[tuple[int, TokenSequence]]:
+        """Run block by block, and show the running sequence each time.
+
+        Args:
+            images: As for `forward`.
+            stop: Last block to run; default the last one there is.
+
+        Yields:
+            -1 and the embedded images, then each block's index and the sequence after it. It is one object that
+            changes with the next step.
+        """
         p = self.patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
         x = self.patch_generator(images)  # [B, P + L, C]
-        state = _Sequence(x, self.num_prefix_tokens, grid, self.window_size)
-        for i, block in enumerate(self.blocks[: stop + 1]):
+        sequence = TokenSequence(x, self.num_prefix_tokens, grid, self.window_size)
+        yield -1, sequence
+        for i, block in enumerate(self.blocks if stop is None else self.blocks[: stop + 1]):
             if self._global:
-                state.make_global() if self._global[i] else state.make_windowed()
-            state.apply(self._checkpointed(block))
-            if i == stop or i in wanted:
-                yield i, state.tokens()
+                sequence.make_global() if self._global[i] else sequence.make_windowed()
+            sequence.apply(self._checkpointed(block))
+            yield i, sequence
 
     def prefix_attention(self, images: Tensor, block: int) -> Tensor:
         """Compute how the prefix tokens attend in one block.
@@ -290,11 +329,11 @@ class VisionTransformer(nn.Module):
 
     def _checkpointed(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return lambda x: checkpoint(block, x, use_reentrant=False)
+            return lambda x: self.checkpoint(block, x)
         return block
 
 
-class _Sequence:
+class TokenSequence:
     """The running token sequence, whole or taken apart into windows and withheld prefix tokens."""
 
     def __init__(self, x: Tensor, num_prefix: int, grid: tuple[int, int], window: int | None) -> None:
@@ -305,6 +344,7 @@ class _Sequence:
         self.permuted = False  # whether the patches are in window order
 
     def make_windowed(self) -> None:
+        """Cut the patches into windows, apart from the prefix tokens."""
         if self.whole is None:
             return
         assert self.window is not None
@@ -319,12 +359,14 @@ class _Sequence:
         self.whole = None
 
     def make_global(self) -> None:
+        """Put windows and prefix tokens together."""
         if self.whole is None:
             count = self.grid[0] * self.grid[1]
             patches = self.windows.reshape(self.batch, count, self.windows.shape[-1])  # [B, L, C]
             self.whole = torch.cat([self.prefix, patches], dim=1) if self.num_prefix else patches  # [B, P + L, C]
 
     def apply(self, block: Callable[[Tensor], Tensor]) -> None:
+        """Run a block over the whole, or over each window."""
         if self.whole is None:
             self.windows = block(self.windows)
         else:
@@ -338,3 +380,9 @@ class _Sequence:
             assert self.window is not None
             patches = from_windows(patches, self.batch, self.grid, self.window)  # [B, L, C]
         return Tokens(prefix, patches)
+
+    def in_order(self) -> Tensor:
+        """Prefix tokens, then patches in row-major order: [B, P + L, C]."""
+        if self.whole is not None and not self.permuted:
+            return self.whole  # the very tensor that the next block takes, so that gradients reach it
+        return torch.cat(self.tokens(), dim=1)  # [B, P + L, C]

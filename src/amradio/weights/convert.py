@@ -21,8 +21,9 @@ def save(
 
     Args:
         model_or_checkpoint: A model with the adaptors that are loaded, or a checkpoint with all it has.
-        path: File (``native``, ``official``, ``timm``) or directory (``huggingface``, ``transformers``, ``timm``).
-        layout: ``native``, ``official``, ``huggingface``, ``transformers`` or ``timm``.
+        path: File (``native``, ``official``, ``timm``) or directory (``huggingface``, ``transformers``, ``timm``,
+            ``pretrained``).
+        layout: ``native``, ``official``, ``huggingface``, ``transformers``, ``timm`` or ``pretrained``.
         backbone_only: Leave out adaptors and normalizers, and whatever else the layout has no place for.
 
     Returns:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from amradio.errors import LayoutError, OptionError, nearest_names
-from amradio.weights import huggingface, native, official, timm, transformers_native
+from amradio.weights import huggingface, native, official, pretrained, timm, transformers_native
 from amradio.weights.checkpoint import Checkpoint
 from amradio.weights.tensorfiles import CONFIG, config_of, is_safetensors, read_header
 
@@ -33,7 +33,7 @@ class Layout(Protocol):
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    module.NAME: module for module in (native, official, huggingface, transformers_native, timm)
+    module.NAME: module for module in (native, official, huggingface, transformers_native, timm, pretrained)
 }
 """Every layout by name."""
 
@@ -42,14 +42,15 @@ UNDERSTOOD = """\
   official: a .pth.tar file with 'state_dict' and 'args'
   huggingface: a directory with a config.json that has 'args', and model.safetensors
   transformers: a directory saved by transformers' RadioModel, with model_type 'radio' in its config.json
-  timm: a .safetensors file, or a directory with it, of a C-RADIO model of timm"""
+  timm: a .safetensors file, or a directory with it, of a C-RADIO model of timm
+  pretrained: a directory saved by AmradioModel.save_pretrained, with model_type 'amradio' in its config.json"""
 
 
 def layout_of(name: str) -> Layout:
     """A layout by its name.
 
     Args:
-        name: ``native``, ``official``, ``huggingface``, ``transformers`` or ``timm``.
+        name: ``native``, ``official``, ``huggingface``, ``transformers``, ``timm`` or ``pretrained``.
 
     Returns:
         The layout.

@@ -218,7 +218,9 @@ def _parse(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) 
         patch_bias="model.patch_generator.embedder.bias" in tensors,
     )
     stated = arguments.get("pos_embed_align_corners")
-    interpolation: PositionInterpolation = known.interpolation if known else "half_pixel"
+    # An architecture's name settles this for other sizes, too: timm saves no more of it when sizes are overridden.
+    meant = known or _ARCHITECTURES.get(_plain_name(name))
+    interpolation: PositionInterpolation = meant.interpolation if meant else "half_pixel"
     if stated is not None:
         interpolation = "align_corners" if stated else "half_pixel"
     described = RadioConfig(
@@ -237,8 +239,12 @@ def _architecture(name: str, width: int, depth: int, hidden: int, has_scale: boo
         if (a.embed_dim, a.depth, a.mlp_hidden_dim, a.layer_scale) == (width, depth, hidden, has_scale)
         and a.num_cls_tokens + a.num_registers == prefix
     }
-    named = fitting.get(name.removeprefix(_NAFLEX).removeprefix("vit_"))
-    return named or next(iter(fitting.values()), None)
+    return fitting.get(_plain_name(name)) or next(iter(fitting.values()), None)
+
+
+def _plain_name(name: str) -> str:
+    """The name of an architecture without the class of timm's that implements it."""
+    return name.removeprefix(_NAFLEX).removeprefix("vit_")
 
 
 def _square_grid(count: int, source: str) -> int:
