@@ -1,11 +1,13 @@
 """Take the pictures of the app that the documentation shows: docs/assets/app-*.jpg.
 
-Needs `pip install 'amradio[app,demo]' playwright` and a Chromium (AMRADIO_CHROMIUM says where, if it is not on PATH).
+Needs `pip install 'amradio[app,demo]' scikit-learn playwright` and a Chromium (AMRADIO_CHROMIUM says where, if it is
+not on PATH). The photos are those of `PHOTOS`, whose terms are known.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Page, sync_playwright
 
 from amradio.app.limits import Limits
@@ -27,6 +29,16 @@ from amradio.backbones.load import load
 ASSETS = Path(__file__).resolve().parent.parent / "docs" / "assets"
 WIDTH, HIGHEST, MOST_BYTES = 1180, 1500, 200_000
 WAIT_MS = 120_000
+PHOTOS = {
+    # Name on the page: package and file. Whose they are, and under which terms, is in the table of docs/how-to/app.md.
+    "cat.png": ("skimage", "data/chelsea.png"),
+    "coffee.png": ("skimage", "data/coffee.png"),
+    "astronaut.png": ("skimage", "data/astronaut.png"),
+    "rocket.jpg": ("skimage", "data/rocket.jpg"),
+    "flower.jpg": ("sklearn", "datasets/images/flower.jpg"),
+    "cat-mirrored.png": ("skimage", "data/chelsea.png"),
+}
+CLOSER = (120, 20, 420, 270)  # left, top, right, bottom of the mirrored cat
 
 
 def main() -> None:
@@ -42,10 +54,11 @@ def main() -> None:
             page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=scheme)
             page.set_default_timeout(WAIT_MS)
             page.goto(address)
-            page.click("#samples")
+            page.set_input_files("#drop input[type=file]", photos())
             page.wait_for_selector("#features-grid .layer")
             for name in wanted:
                 page.get_by_role("tab", name=name.capitalize()).click()
+                time.sleep(1)  # until what is on it listens
                 STEPS[name](page)
                 page.mouse.move(5, 5)
                 time.sleep(1.5)
@@ -60,44 +73,59 @@ def chromium() -> str | None:
     return os.environ.get("AMRADIO_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
+def photos() -> list[Any]:
+    """The photos, as a browser takes them: names and contents."""
+    found = []
+    for name, (package, file) in PHOTOS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit(f"{package} is not installed, which has {file}.")
+        picture = Image.open(Path(spec.submodule_search_locations[0], file)).convert("RGB")
+        if "mirrored" in name:
+            picture = ImageOps.mirror(picture).crop(CLOSER)
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        found.append({"name": name, "mimeType": "image/png", "buffer": data.getvalue()})
+    return found
+
+
 def features(page: Page) -> None:
     """Nothing to do: they are shown by themselves."""
     page.wait_for_selector("#features-grid .layer")
 
 
 def similarity(page: Page) -> None:
-    """Click on a wheel."""
-    photo = page.locator("#similarity-grid [data-click]").nth(4)
+    """Click on an eye of the cat."""
+    photo = page.locator("#similarity-grid [data-click]").first
     box = measured(photo)
-    photo.click(position={"x": box["width"] * 0.26, "y": box["height"] * 0.62})
+    photo.click(position={"x": box["width"] * 0.39, "y": box["height"] * 0.36})
     page.wait_for_selector("#similarity-grid .layer")
 
 
 def words(page: Page) -> None:
-    """Ask where the first word of the second photo is."""
+    """Ask where the cat is."""
     page.wait_for_selector("#bars .words")
-    page.locator("#bars .words").nth(1).locator(".bar").first.click()
+    page.locator("#bars .bar[data-word=cat]").first.click()
     page.wait_for_selector("#where-grid .layer")
 
 
 def segment(page: Page) -> None:
-    """Paint over a motorcycle, and over the floor and the wall behind it."""
-    page.locator("#board .pick").nth(4).click()
-    page.wait_for_selector("#board canvas.ink[data-photo='5']")
-    stroke(page, "#board canvas.ink", (0.22, 0.62), (0.4, 0.55), (0.6, 0.6), (0.75, 0.72))
-    page.click("#board [data-label='0']")
-    stroke(page, "#board canvas.ink", (0.1, 0.93), (0.6, 0.95))
-    stroke(page, "#board canvas.ink", (0.3, 0.08), (0.95, 0.12), (0.9, 0.35))
+    """Paint over the cat, and over the sofa around it."""
+    page.wait_for_selector("#board canvas.ink")
+    stroke(page, "#board canvas.ink", (0.35, 0.3), (0.5, 0.5), (0.6, 0.75))
     page.wait_for_selector("#segments .layer")
+    page.click("#board [data-label='0']")
+    stroke(page, "#board canvas.ink", (0.05, 0.1), (0.06, 0.6))
+    stroke(page, "#board canvas.ink", (0.9, 0.08), (0.96, 0.4))
     page.wait_for_selector("#segments .hint", state="detached")  # it asks for background
     time.sleep(10)
 
 
 def search(page: Page) -> None:
-    """Look for the wheel of a motorcycle."""
-    page.locator("#source .pick").nth(4).click()
+    """Look for an eye of the cat."""
+    page.locator("#source .pick").first.click()
     page.wait_for_selector("#found .card")
-    stroke(page, "#source .boxes", (0.17, 0.48), (0.37, 0.78))
+    stroke(page, "#source .boxes", (0.32, 0.26), (0.47, 0.46))
     page.wait_for_selector("#found .mark")
 
 

@@ -142,6 +142,12 @@ def _what_gradio_leaves_open() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture
+def leftovers() -> Any:
+    """See `_what_gradio_leaves_open`."""
+    return _what_gradio_leaves_open
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium, driven by Playwright."""

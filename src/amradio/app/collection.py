@@ -166,11 +166,11 @@ def open_collection(
 
     Raises:
         DatasetError: There are no pictures.
-        OptionError: None of them could be read.
+        OptionError: None of them could be read, or the folder in the cache holds what is no embeddings.
     """
     import torch
 
-    from amradio.features import EmbedOptions, ExtractOptions, embed, load_embeddings
+    from amradio.features import EmbedOptions, ExtractOptions, StaleError, embed, load_embeddings
     from amradio.images import ResizePolicy, open_images
 
     images = open_images(spec)
@@ -188,7 +188,7 @@ def open_collection(
         report = embed(
             images, model, policy, folder, options, embedding, on_progress=on_start(len(images), str(folder))
         )
-    except OptionError:  # the embeddings there are of other pictures, or of an earlier version
+    except StaleError:  # of other pictures, or of an earlier version
         embedding = EmbedOptions(store=torch.float16, overwrite=True)
         report = embed(
             images, model, policy, folder, options, embedding, on_progress=on_start(len(images), str(folder))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amradio.app.markup import card_of, empty, grid
 from amradio.app.photos import encoded
 from amradio.app.visit import Visit
+
+if TYPE_CHECKING:
+    from amradio.viz.upsample import Upsampling
 
 TAB = "features"
 LAST = "the last one"
 SHARED, OWN, SUBJECT = "the same for all photos", "for each photo by itself", "for what stands out"
 SMOOTH, EDGES, PATCHES = "smooth", "along edges", "as patches"
 
-_METHODS = {SMOOTH: "bilinear", EDGES: "guided", PATCHES: "nearest"}
+_METHODS: dict[Any, Upsampling] = {SMOOTH: "bilinear", EDGES: "guided", PATCHES: "nearest"}
 _NO_PHOTOS = ("See what the model sees", "Drop photos above, or take the sample photos.")
 
 
@@ -31,12 +34,8 @@ def layer_of(choice: Any, depth: int) -> int | None:
 
 def show_features(visit: Visit, resolution: Any, output: Any, layer: Any, colours: Any, drawing: Any) -> str:
     """Colour the feature maps of all photos by their principal components."""
-    from PIL import Image
-
     from amradio.app.model import BACKBONE
-    from amradio.viz.foreground import foreground_masks
-    from amradio.viz.pca import fit_basis, to_picture
-    from amradio.viz.upsample import upsample
+    from amradio.viz.paint import PCAStyle, pca_pictures
 
     photos = dict(visit.session.photos)
     if not photos:
@@ -47,17 +46,11 @@ def show_features(visit: Visit, resolution: Any, output: Any, layer: Any, colour
         visit.on_notice("Layers are those of the backbone; they are shown in place of the output.")
         output = BACKBONE
     maps = {key: found.features for key, found in model.maps(visit, photos, output, resolution, number).items()}
-    masks = dict(zip(maps, foreground_masks(list(maps.values())), strict=True)) if colours == SUBJECT else {}
-    kept = [maps[key][masks[key]] for key in maps if masks[key].any()] if masks else list(maps.values())
-    basis = None if colours == OWN else fit_basis(kept or list(maps.values()))
-    pictures: dict[int, Image.Image] = {}
-    for key, features in maps.items():
-        rgb = (basis or fit_basis(features)).rgb(features)  # [h, w, 3]
-        if masks:
-            rgb = rgb * masks[key][..., None]
-        shown = photos[key].shown
-        method: Any = _METHODS.get(drawing, "bilinear")
-        pictures[key] = to_picture(upsample(rgb, (shown.height, shown.width), method, shown).clamp(0, 1))
+    style = PCAStyle(
+        joint=colours != OWN, foreground=colours == SUBJECT, upsample=_METHODS.get(drawing, _METHODS[SMOOTH])
+    )
+    drawn = pca_pictures(list(maps.values()), [photos[key].shown for key in maps], style)
+    pictures = dict(zip(maps, drawn, strict=True))
     visit.session.results[TAB] = [
         (f"{photos[key].stem}-{key}-features.png", partial(encoded, picture, "PNG"))
         for key, picture in pictures.items()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amradio.app.collection import Hit
 from amradio.app.markup import Card, board, card_of, empty, grid
 from amradio.app.model import BACKBONE
 from amradio.app.photos import data_url
+from amradio.app.sessions import Query
+from amradio.app.tables import csv_of
 from amradio.app.visit import Visit
 from amradio.app.words import TEMPLATES, labels_of
 from amradio.errors import CapabilityError, OptionError
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 
 TAB = "search"
 OWN, COLLECTION = "my photos", "the collection"
-
-_Query = tuple[str, Any]
+SMALLEST = 0.01
+"""Side of a box as a share of the photo; what is smaller was a click. `page.js` knows it too."""
 
 
 def show_source(visit: Visit) -> str:
@@ -35,43 +38,40 @@ def choose(visit: Visit) -> str:
     """Take another photo to look for, all of it."""
     key = visit.session.photo(visit.event.get("photo")).key
     visit.session.chosen[TAB] = key
-    visit.session.query = ("picture", key)
+    _ask(visit, Query(photo=key))
     return show_source(visit)
 
 
-def find_part(visit: Visit, where: Any, resolution: Any) -> str:
+def ask_part(visit: Visit) -> None:
     """Look for what is in the box that was drawn; for the whole photo if it was only clicked."""
     key = visit.session.photo(visit.event.get("photo")).key
-    box = tuple(visit.number(side) for side in ("left", "top", "right", "bottom"))
-    is_click = box[2] - box[0] < 0.01 or box[3] - box[1] < 0.01
-    visit.session.query = ("picture", key) if is_click else ("region", (key, box))
-    return find_again(visit, where, resolution)
+    left, top, right, bottom = (visit.number(side) for side in ("left", "top", "right", "bottom"))
+    is_click = right - left < SMALLEST or bottom - top < SMALLEST
+    _ask(visit, Query(photo=key, box=None if is_click else (left, top, right, bottom)))
 
 
-def find_words(visit: Visit, text: Any, where: Any, resolution: Any) -> str:
+def ask_words(visit: Visit, text: Any) -> None:
     """Look for words."""
     if visit.house.model.text_output is None:
         raise CapabilityError(f"{visit.house.model.name} cannot be compared with words: it has no text side.")
     if not isinstance(text, str) or not text.strip():
         raise OptionError("Type what you look for.")
-    word = labels_of(text.replace(",", " ").replace("\n", " "), visit.house.limits)[0]
-    visit.session.query = ("words", word)
-    return find_again(visit, where, resolution)
+    _ask(visit, Query(words=labels_of(text.replace(",", " ").replace("\n", " "), visit.house.limits)[0]))
 
 
-def find_again(visit: Visit, where: Any, resolution: Any) -> str:
-    """Look for the same as before, perhaps elsewhere."""
+def show_found(visit: Visit, where: Any, resolution: Any) -> str:
+    """Look for what was asked for."""
     query = visit.session.query
     in_collection = where == COLLECTION and visit.house.collection is not None
     if query is None or not (visit.session.photos or in_collection):
+        visit.session.results.pop(TAB, None)
         return nothing_yet(visit)
     if in_collection:
         hits, cards = _in_collection(visit, query, resolution)
     else:
         hits, cards = _in_photos(visit, query, resolution)
-    lines = ["rank,picture,similarity", *(f'{i},"{h.name}",{h.score:.4f}' for i, h in enumerate(hits, 1))]
-    table = "\n".join(lines) + "\n"
-    visit.session.results[TAB] = [("search.csv", table.encode)]
+    rows = [(i, hit.name, hit.score) for i, hit in enumerate(hits, 1)]
+    visit.session.results[TAB] = [("search.csv", partial(csv_of, [("rank", "picture", "similarity"), *rows]))]
     return grid(cards, hint=f"Most similar first: {_words_of(visit, query)}.")
 
 
@@ -81,20 +81,24 @@ def nothing_yet(visit: Visit) -> str:
     return empty("Nothing looked for yet", text, "⌕")
 
 
-def _in_photos(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit], list[Card]]:
+def _ask(visit: Visit, query: Query) -> None:
+    visit.session.query = query
+    visit.session.changed()
+
+
+def _in_photos(visit: Visit, query: Query, resolution: Any) -> tuple[list[Hit], list[Card]]:
     import torch
     import torch.nn.functional as F
 
     from amradio.search import top_k
     from amradio.search.regions import best_positions
 
-    kind, what = query
-    output, photos = _output(visit, kind), dict(visit.session.photos)
+    output, photos = _output(visit, query), dict(visit.session.photos)
     maps = visit.house.model.maps(visit, photos, output, resolution)
     vector = _vector(visit, query, resolution)
     keys = list(maps)
     count = min(len(keys), visit.house.limits.results)
-    if kind == "region":
+    if query.box is not None:
         tokens = torch.cat([m.features.flatten(0, 1) for m in maps.values()])
         ends = torch.tensor([0, *(m.features.shape[0] * m.features.shape[1] for m in maps.values())]).cumsum(0)
         found = best_positions(tokens, ends, vector)
@@ -109,27 +113,26 @@ def _in_photos(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit],
         nearest = top_k(F.normalize(vector, dim=0)[None], rows, count)
         pairs = zip(nearest.scores[0].tolist(), nearest.indices[0].tolist(), strict=True)
         hits = [Hit(keys[i], photos[keys[i]].name, score) for score, i in pairs]
-    own = what if kind == "picture" else what[0] if kind == "region" else None
     cards = [
         card_of(
             photos[hit.row],
             mark=hit.place,
             note=f"{hit.score:.2f}",
-            badge="this one" if hit.row == own else "",
+            badge="this one" if hit.row == query.photo else "",
         )
         for hit in hits
     ]
     return hits, cards
 
 
-def _in_collection(visit: Visit, query: _Query, resolution: Any) -> tuple[list[Hit], list[Card]]:
+def _in_collection(visit: Visit, query: Query, resolution: Any) -> tuple[list[Hit], list[Card]]:
     from amradio.search.regions import best_positions
 
     collection = visit.house.collection
     assert collection is not None
-    output, count = _output(visit, query[0]), visit.house.limits.results
+    output, count = _output(visit, query), visit.house.limits.results
     vector = _vector(visit, query, resolution)
-    if query[0] == "region":
+    if query.box is not None:
         hits = collection.by_region(vector, output, count, best_positions)
     else:
         hits = collection.by_summary(vector, output, count)
@@ -145,32 +148,30 @@ def _in_collection(visit: Visit, query: _Query, resolution: Any) -> tuple[list[H
     return shown, cards
 
 
-def _output(visit: Visit, kind: str) -> str:
+def _output(visit: Visit, query: Query) -> str:
     text = visit.house.model.text_output
-    return text if kind == "words" and text is not None else BACKBONE
+    return text if query.words and text is not None else BACKBONE
 
 
-def _vector(visit: Visit, query: _Query, resolution: Any) -> Tensor:
+def _vector(visit: Visit, query: Query, resolution: Any) -> Tensor:
     """What is looked for, as one vector in the space of the output."""
     from amradio.evals.zero_shot import build_classifier
     from amradio.search.regions import region_query
 
     model = visit.house.model
-    kind, what = query
-    output = _output(visit, kind)
-    if kind == "words":
-        return build_classifier(model.output(output), [what], TEMPLATES, device=model.device)[0]
-    key, box = what if kind == "region" else (what, None)
-    found = model.maps(visit, {key: visit.session.photo(key)}, output, resolution)[key]
-    return found.summary if box is None else region_query(found.features, box)
+    output = _output(visit, query)
+    if query.words:
+        return build_classifier(model.output(output), [query.words], TEMPLATES, device=model.device)[0]
+    photo = visit.session.photo(query.photo)
+    found = model.maps(visit, {photo.key: photo}, output, resolution)[photo.key]
+    return found.summary if query.box is None else region_query(found.features, query.box)
 
 
-def _words_of(visit: Visit, query: _Query) -> str:
-    kind, what = query
-    if kind == "words":
-        return f"“{what}”"
-    name = visit.session.photo(what if kind == "picture" else what[0]).name
-    return name if kind == "picture" else f"a part of {name}; rings show where"
+def _words_of(visit: Visit, query: Query) -> str:
+    if query.words:
+        return f"“{query.words}”"
+    name = visit.session.photo(query.photo).name
+    return name if query.box is None else f"a part of {name}; rings show where"
 
 
 def _place(position: int, shape: Any) -> tuple[float, float]:

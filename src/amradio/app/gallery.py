@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +9,12 @@ from amradio.app.markup import strip
 from amradio.app.photos import clean_name, read_photo, sample_photos
 from amradio.app.visit import Visit
 from amradio.errors import ImageError
+
+FORGOTTEN = (
+    "This page was idle or out of reach for a while, or was opened again: its photos were forgotten. Add them again."
+)
+
+_NOTES = 5
 
 
 class Upload(NamedTuple):
@@ -28,31 +32,28 @@ class Upload(NamedTuple):
 def add_uploads(visit: Visit, uploads: Sequence[Upload] | None) -> str:
     """Take uploaded photos; the files are removed from the disk as soon as they are read.
 
-    What cannot be used is said, and stops nothing.
+    What cannot be used is noted, and stops nothing.
 
     Returns:
         The strip of photos.
     """
     uploads = uploads or []
     refused: list[str] = []
-    room = visit.session.room
+    limits, room = visit.house.limits, visit.session.room
     for i, upload in enumerate(visit.steps(uploads, len(uploads), "Reading the photos")):
-        content = taken(upload, visit.house.limits.file_bytes if i < room else 0)
+        content = visit.house.uploads.take(upload.path, limits.file_bytes if i < room else 0)
         if i >= room:
             continue
         try:
             name = clean_name(upload.name)
-            visit.session.add(name, read_photo(content, name, visit.house.limits))
+            visit.session.add(name, read_photo(content, name, limits))
         except ImageError as error:
-            refused.append(str(error))
-    for reason in refused[:5]:
-        visit.on_notice(f"Left out: {reason}")
-    if len(refused) > 5:
-        visit.on_notice(f"{len(refused) - 5} more files could not be used.")
+            refused.append(f"Left out: {error}")
+    if len(refused) > _NOTES:
+        refused[_NOTES:] = [f"{len(refused) - _NOTES} more files could not be used."]
     if len(uploads) > room:
-        visit.on_notice(
-            f"{len(uploads) - room} photos were left out: a page holds {visit.house.limits.photos}. Remove some first."
-        )
+        refused.append(f"{len(uploads) - room} photos were left out: a page holds {limits.photos}. Remove some first.")
+    visit.session.notes = refused
     return shown(visit)
 
 
@@ -62,6 +63,7 @@ def add_samples(visit: Visit) -> str:
     for name, picture in sample_photos():
         if name not in present and visit.session.room:
             visit.session.add(name, picture)
+    visit.session.notes = []
     return shown(visit)
 
 
@@ -74,22 +76,23 @@ def remove_photo(visit: Visit) -> str:
 def remove_all(visit: Visit) -> str:
     """Remove all photos."""
     visit.session.clear()
+    visit.session.notes = []
+    return shown(visit)
+
+
+def dismiss(visit: Visit) -> str:
+    """Take the notes away, which were read."""
+    visit.session.notes = []
+    return shown(visit)
+
+
+def forgotten(visit: Visit) -> str:
+    """Tell a page whose session is gone, because it was loaded again, that its photos are."""
+    if not visit.session.photos:
+        visit.session.notes = [FORGOTTEN]
     return shown(visit)
 
 
 def shown(visit: Visit) -> str:
-    """The strip of photos."""
-    return strip(visit.session.photos.values(), visit.house.limits.photos)
-
-
-def taken(upload: Upload, most: int) -> bytes:
-    """The content of an uploaded file, which is removed; at most one byte more than `most`."""
-    try:
-        with open(upload.path, "rb") as file:
-            content = file.read(most + 1)
-    except OSError:
-        content = b""
-    for remove, path in ((os.unlink, upload.path), (os.rmdir, os.path.dirname(upload.path))):
-        with contextlib.suppress(OSError):  # another upload of the same content uses the folder too
-            remove(path)
-    return content
+    """The strip of photos, and what there is to say about them."""
+    return strip(list(visit.session.photos.values()), visit.house.limits.photos, visit.session.notes)

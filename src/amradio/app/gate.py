@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from amradio.app.limits import Limits
+from amradio.app.uploads import Uploads
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,7 +24,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-UPLOAD = "/gradio_api/upload"
+UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
 
 _OPEN = {
     "GET": re.compile(
@@ -68,13 +69,25 @@ class Gate:
         uploads: The folder that uploads are written to.
         hosts: Names by which the server may be called; None: any. A page of another site can make a browser call a
             server on this machine, but not under its own name.
+        functions: Numbers of the events of the page.
+        coming: What is being uploaded.
     """
 
-    def __init__(self, app: Asgi, limits: Limits, uploads: Path, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self,
+        app: Asgi,
+        limits: Limits,
+        uploads: Path,
+        hosts: frozenset[str] | None,
+        functions: frozenset[int],
+        coming: Uploads,
+    ) -> None:
         self._app = app
         self._limits = limits
         self._uploads = uploads
         self._hosts = hosts
+        self._functions = functions
+        self._coming = coming
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as ASGI has it."""
@@ -86,6 +99,10 @@ class Gate:
         try:
             self._check(scope)
             if scope["method"] == "POST":
+                length = self._length(scope)
+                if scope["path"] == UPLOAD:
+                    await self._upload(scope, receive, send, length)
+                    return
                 receive = await self._checked_body(scope, receive)
         except RefusedError as refused:
             await _answer(send, refused)
@@ -105,30 +122,62 @@ class Gate:
         if foreign or (method == "POST" and _header(scope, b"sec-fetch-site") in ("cross-site", "same-site")):
             raise RefusedError(403, "Requests come from this server's own page only.")
 
-    async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
+    def _length(self, scope: Scope) -> int:
         length = _header(scope, b"content-length") or ""
         if not length.isdigit():
             raise RefusedError(411, "The length of the request is missing.")
-        if scope["path"] == UPLOAD:
-            if int(length) > self._limits.upload_bytes:
-                raise RefusedError(
-                    413, f"Choose fewer files: at most {self._limits.upload_bytes // 2**20} MB at a time."
-                )
-            if _bytes_in(self._uploads) + int(length) > self._limits.disk_bytes:
-                raise RefusedError(507, "Too many uploads at the same time. Try again in a minute.")
-            return receive
-        if int(length) > self._limits.request_bytes:
+        is_upload = scope["path"] == UPLOAD
+        if is_upload and int(length) > self._limits.upload_bytes:
+            raise RefusedError(413, f"Choose fewer files: at most {self._limits.upload_bytes // 2**20} MB at a time.")
+        if not is_upload and int(length) > self._limits.request_bytes:
             raise RefusedError(413, "The request is too large.")
+        return int(length)
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send, length: int) -> None:
+        """Let files in, if there is room for all that are on their way; note which files they became."""
+        if not self._coming.begin(length, self._uploads, self._limits.disk_bytes):
+            raise RefusedError(507, "Too many uploads at the same time. Try again in a minute.")
+        missing, answer, over = length, bytearray(), False
+
+        async def counted() -> Message:
+            nonlocal missing
+            message = await receive()
+            size = min(len(message.get("body", b"")), missing)
+            self._coming.arrived(size)
+            missing -= size
+            return message
+
+        async def overheard(message: Message) -> None:
+            answer.extend(message.get("body", b""))
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                finish()  # before the page can ask for the files
+            await send(message)
+
+        def finish() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                self._coming.end(missing, [path for path in _names(bytes(answer)) if self._is_upload(path)])
+
+        try:
+            await self._app(scope, counted, _with_headers(overheard))
+        finally:
+            finish()
+
+    async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
         body = await _read(receive, self._limits.request_bytes)
-        self._check_files(body, _header(scope, b"host") or "")
+        content = _json(body)
+        if scope["path"] == JOIN and not self._is_known(content):
+            raise RefusedError(404, "There is no such event on this page.")
+        self._check_files(content, _header(scope, b"host") or "")
         return _again(body, receive)
 
-    def _check_files(self, body: bytes, host: str) -> None:
+    def _is_known(self, content: Any) -> bool:
+        number = content.get("fn_index") if isinstance(content, dict) else None
+        return isinstance(number, int) and not isinstance(number, bool) and number in self._functions
+
+    def _check_files(self, content: Any, host: str) -> None:
         """Refuse a request that names anything but a file that was uploaded through the page."""
-        try:
-            content = json.loads(body or b"null")
-        except (ValueError, RecursionError):
-            raise RefusedError(400, "The request is no JSON.") from None
         for record in _records(content):
             if "path" in record and not self._is_upload(record["path"]):
                 raise RefusedError(403, "Only files that were uploaded on this page can be used.")
@@ -169,15 +218,20 @@ def _records(content: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(value)
 
 
-def _bytes_in(folder: Path) -> int:
-    found = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                found += os.lstat(os.path.join(place, name)).st_size
-            except FileNotFoundError:  # removed in between
-                continue
-    return found
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body or b"null")
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "The request is no JSON.") from None
+
+
+def _names(answer: bytes) -> list[str]:
+    """The files in the answer to an upload; none if it was refused."""
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

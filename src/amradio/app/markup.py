@@ -94,8 +94,8 @@ def grid(cards: Sequence[Card], *, blend: float | None = None, legend: str = "",
     return f'{bar}<div class="grid"{style}>{"".join(map(_card, cards))}</div>'
 
 
-def strip(photos: Iterable[Photo], limit: int) -> str:
-    """Small photos in a row, each with a button that removes it."""
+def strip(photos: Iterable[Photo], limit: int, notes: Sequence[str] = ()) -> str:
+    """Small photos in a row, each with a button that removes it; below, sentences that can be dismissed."""
     cells = [
         f'<figure class="thumb"><img src="{p.thumbnail_url}" alt="{escaped(p.name)}" title="{escaped(p.name)}">'
         f'<button type="button" class="remove" data-remove="{p.key}" aria-label="Remove {escaped(p.name)}">&times;'
@@ -103,7 +103,12 @@ def strip(photos: Iterable[Photo], limit: int) -> str:
         for p in photos
     ]
     count = f'<span class="count">{len(cells)} of {limit}</span>' if cells else ""
-    return f'<div class="strip">{"".join(cells)}{count}</div>' if cells else ""
+    row = f'<div class="strip">{"".join(cells)}{count}</div>' if cells else ""
+    if not notes:
+        return row
+    lines = "".join(f"<li>{escaped(note)}</li>" for note in notes)
+    button = '<button type="button" class="dismiss" data-dismiss aria-label="Dismiss">&times;</button>'
+    return f'{row}<div class="notes" role="status"><ul>{lines}</ul>{button}</div>'
 
 
 def empty(title: str, text: str, icon: str = "◍") -> str:
@@ -145,7 +150,7 @@ def board(
     *,
     colours: Sequence[tuple[str, str]] = (),
     marked: Iterable[int] = (),
-    epoch: int = 0,
+    epoch: str = "",
     hint: str = "",
 ) -> str:
     """A large photo to paint on, or to draw a box on, with small ones to choose from.
@@ -169,7 +174,7 @@ def board(
     picture = f'<img class="photo" src="{photo.url}" alt="{escaped(photo.name)}" draggable="false">'
     if colours:
         over = (
-            f'<canvas class="ink" data-photo="{photo.key}" data-epoch="{epoch}" width="{2 * width}" '
+            f'<canvas class="ink" data-photo="{photo.key}" data-epoch="{escaped(epoch)}" width="{2 * width}" '
             f'height="{2 * height}"></canvas>'
         )
     else:

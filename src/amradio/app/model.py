@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amradio.errors import CapabilityError, OptionError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from amradio.app.photos import Photo
     from amradio.app.visit import Visit
@@ -23,6 +24,7 @@ BACKBONE = "backbone"
 LOWEST_RESOLUTION, HIGHEST_RESOLUTION, RESOLUTION_STEP = 224, 1024, 32
 
 _BATCH = 4  # small, so that progress is seen
+_TEXTS = 1000
 
 
 class MapCache:
@@ -95,6 +97,7 @@ class AppModel:
         self.outputs = dict(outputs)
         self.device = device
         self.cache = MapCache(cache_bytes)
+        self._texts: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self.depth = _depth(self.outputs[BACKBONE])
 
     @classmethod
@@ -123,6 +126,19 @@ class AppModel:
         if name not in self.outputs:
             raise OptionError(f"The model has the outputs {', '.join(self.outputs)}, and not {name!r:.40}.")
         return self.outputs[name]
+
+    def remembered(self, text: tuple[str, str], make: Callable[[], Tensor]) -> Tensor:
+        """What a text is in the space of an output; made if it was not asked for lately.
+
+        Args:
+            text: Name of the output, and the text.
+            make: Computes it.
+        """
+        if text not in self._texts:
+            self._texts[text] = make()
+            if len(self._texts) > _TEXTS:
+                self._texts.popitem(last=False)
+        return self._texts[text]
 
     def policy(self, resolution: Any) -> ResizePolicy:
         """To which size photos are brought: the longest side is what a page said.

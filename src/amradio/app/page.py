@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, wraps
 from importlib import resources
 from typing import Any
 
@@ -9,13 +11,27 @@ from amradio.app import features, find, gallery, segment, similarity, words
 from amradio.app.downloads import download
 from amradio.app.markup import empty, escaped
 from amradio.app.model import BACKBONE, HIGHEST_RESOLUTION, LOWEST_RESOLUTION, RESOLUTION_STEP
-from amradio.app.visit import House, Visit
-from amradio.app.wiring import Wiring, import_gradio
+from amradio.app.redraw import Shown, redraw, show_photos
+from amradio.app.visit import KEEP, House, Visit
+from amradio.app.wiring import MODEL, PHOTOS, Wiring, import_gradio
 
 TITLE = "amradio"
 FIRST_RESOLUTION = 448
 
 _SWEEP_S = (300, 900)  # every 5 minutes, uploads that nobody used for 15 minutes are removed
+_MOVED = "(files) => [files, null]"
+# The slider changes with each step of the pointer or a key, and while a number is typed; what it says counts when it
+# rests. Both the last value that was seen and the last one that rested are kept at the element of the slider.
+_RESTED = """(value) => new Promise((done) => {
+  const slider = document.querySelector('#resolution');
+  slider.rested ??= %d;
+  slider.seen = value;
+  setTimeout(() => {
+    const rests = slider.seen === value && value >= %d && value <= %d;
+    if (rests) slider.rested = value;
+    done(slider.rested);
+  }, 300);
+})"""
 _SAVE = """(file) => {
   if (!file || !file.data) return [];
   const bytes = Uint8Array.from(atob(file.data), (c) => c.charCodeAt(0));
@@ -79,7 +95,7 @@ def build_page(house: House) -> Any:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_SWEEP_S) as page:
         parts = _Parts(house)
         parts.build()
-        page.unload(Wiring(house).on_unload())
+        page.unload(parts.on_unload())
     page.queue(max_size=house.limits.queue, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -92,26 +108,37 @@ class _Parts:
         self._house = house
         self._buttons: list[tuple[Any, str]] = []
         self._model = house.model
-        self._wiring = Wiring(house)
-        self._on = self._wiring.on
 
     def build(self) -> None:
         gr = self._gr
         gr.HTML(_head(self._house), elem_id="head")
         self._photos()
+        tabs = (
+            ("Features", features.TAB, self._features),
+            ("Similarity", similarity.TAB, self._similarity),
+            ("Words", words.TAB, self._words),
+            ("Segment", segment.TAB, self._segment),
+            ("Search", find.TAB, self._search),
+        )
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Features", id="features"):
-                self._features()
-            with gr.Tab("Similarity", id="similarity"):
-                self._similarity()
-            with gr.Tab("Words", id="words"):
-                self._words()
-            with gr.Tab("Segment", id="segment"):
-                self._segment()
-            with gr.Tab("Search", id="search"):
-                self._search()
+            self._tabs = []
+            for title, name, fill in tabs:
+                with gr.Tab(title, id=name) as tab:
+                    fill()
+                self._tabs.append((tab, name))
+        # What the page remembers, and nobody sees.
+        self._seen = gr.Textbox(features.TAB, visible="hidden", elem_id="seen")
+        self._stamp = gr.Textbox("", visible="hidden", elem_id="stamp")
+        self._rested = gr.Number(FIRST_RESOLUTION, visible="hidden", elem_id="rested")
+        self._dropped = _file_input(gr.File, file_count="multiple", visible="hidden", elem_id="dropped")
         self._saved = gr.JSON(visible="hidden", elem_id="saved")
+        self._wiring = Wiring(self._house, self._stamp)
+        self._on = self._wiring.on
         self._connect()
+
+    def on_unload(self) -> Any:
+        """What is called when the page is closed."""
+        return self._wiring.on_unload()
 
     def _photos(self) -> None:
         gr = self._gr
@@ -205,7 +232,7 @@ class _Parts:
             self._look = gr.Button("Show me", variant="primary", elem_id="look", elem_classes="beside", size="md",
                                    scale=1, min_width=120)  # fmt: skip
         self._where_grid = self._html(elem_id="where-grid")
-        self._download_button("where")
+        self._download_button(words.WHERE)
 
     def _segment(self) -> None:
         gr = self._gr
@@ -269,57 +296,57 @@ class _Parts:
                 self._download_button(find.TAB)
 
     def _connect(self) -> None:
-        """Say what happens on which event."""
-        on, slow = self._on, {"show_progress": "full"}
-        whole = [self._resolution, self._output, self._layer, self._colours, self._drawing]
-        for listen, function, inputs in (
-            (self._drop.upload, gallery.add_uploads, [self._drop]),
-            (self._samples.click, gallery.add_samples, []),
-            (self._clear.click, gallery.remove_all, []),
-            (self._strip.remove, gallery.remove_photo, []),
-        ):
-            added = on(listen, function, inputs, [self._strip], show_progress_on=[self._strip])
-            others = [self._drop, self._similarity_grid, self._where_grid, self._board, self._segments, self._source]
-            others.append(self._found)
-            shown = on(added.then, _refreshed, [], others, show_progress="hidden")
-            drawn = on(shown.then, features.show_features, whole, [self._features_grid], **slow)
-            if self._model.text_output:
-                on(drawn.then, words.show_bars, [self._labels, self._resolution], [self._bars], **slow)
-        for changed in (self._resolution.release, self._output.change, self._layer.change, self._colours.change,
-                        self._drawing.change):  # fmt: skip
-            on(changed, features.show_features, whole, [self._features_grid], trigger_mode="always_last", **slow)
+        """Say what happens on which event. An event only remembers what was asked; `redraw` does what takes time."""
+        gr, on = self._gr, self._on
+        strip = [self._strip, self._similarity_grid, self._board, self._source]
+        # The place for uploads is empty again at once, so that more can be dropped while these are read.
+        moved = self._drop.upload(None, [self._drop], [self._dropped, self._drop], js=_MOVED, api_visibility="private")
+        seen: dict[str, Any] = {"show_progress": "full", "show_progress_on": [self._strip]}
+        on(moved.then, _with_photos(gallery.add_uploads), [self._dropped], strip, queue=PHOTOS, begins=True, **seen)
+        on(self._samples.click, _with_photos(gallery.add_samples), [], strip, queue=PHOTOS, begins=True, **seen)
+        on(self._clear.click, _with_photos(gallery.remove_all), [], strip, queue=PHOTOS)
+        on(self._strip.remove, _with_photos(gallery.remove_photo), [], strip)
+        on(self._strip.dismiss, gallery.dismiss, [], [self._strip])
+        on(self._strip.reopened, gallery.forgotten, [], [self._strip], begins=True)
 
-        places = [self._resolution, self._similarity_output]
-        on(self._similarity_grid.spot, similarity.show_similarity, places, [self._similarity_grid], **slow)
-
+        on(self._similarity_grid.spot, similarity.ask)
         for listen in (self._compare.click, self._labels.submit):
-            on(listen, words.show_bars, [self._labels, self._resolution], [self._bars], **slow)
-        asked = [self._where, self._resolution]
-        for listen in (self._look.click, self._where.submit):
-            on(listen, words.show_where, asked, [self._where_grid], **slow)
-        on(self._bars.word, words.show_where_of_bar, asked, [self._where, self._where_grid], **slow)
-
-        how = [self._resolution, self._segment_output, self._gradients, self._strict]
-        on(self._board.choose, segment.choose, [], [self._board], show_progress="hidden")
-        on(self._board.paint, segment.take_strokes, how, [self._segments], trigger_mode="always_last", **slow)
-        taken = on(self._mask.upload, segment.take_mask, [self._mask, *how], [self._segments], **slow)
-        on(taken.then, segment.show_board, [], [self._board], show_progress="hidden")
-        for listen in (self._gradients.change, self._segment_output.change, self._strict.change):
-            on(listen, segment.carry_over, how, [self._segments], trigger_mode="always_last", **slow)
-        forgotten = on(self._forget.click, segment.forget, [], [self._segments], show_progress="hidden")
-        on(forgotten.then, segment.show_board, [], [self._board], show_progress="hidden")
-
-        where = [self._scope, self._resolution]
-        chosen = on(self._source.choose, find.choose, [], [self._source], show_progress="hidden")
-        on(chosen.then, find.find_again, where, [self._found], **slow)
-        on(self._source.region, find.find_part, where, [self._found], **slow)
-        on(self._scope.change, find.find_again, where, [self._found], **slow)
+            on(listen, words.compare, [self._labels])
+        for listen in (self._look.click, self._where.submit, self._bars.word):
+            on(listen, words.look, [self._where], [self._where])
+        on(self._board.choose, segment.choose, [], [self._board])
+        on(self._board.paint, segment.take_strokes)
+        on(self._mask.upload, segment.take_mask, [self._mask], [self._board])
+        on(self._forget.click, segment.forget, [], [self._board])
+        on(self._source.choose, find.choose, [], [self._source])
+        on(self._source.region, find.ask_part)
         for listen in (self._find.click, self._wanted.submit):
-            on(listen, find.find_words, [self._wanted, *where], [self._found], **slow)
+            on(listen, find.ask_words, [self._wanted])
 
         for button, tab in self._buttons:
-            ready = on(button.click, _download_of(tab), [], [self._saved], show_progress="hidden")
+            ready = on(button.click, _download_of(tab), [], [self._saved])
             ready.success(None, [self._saved], None, js=_SAVE, api_visibility="private")
+
+        for tab, name in self._tabs:
+            tab.select(None, None, [self._seen], js=f"() => '{name}'", api_visibility="private")
+        rests = _RESTED % (FIRST_RESOLUTION, LOWEST_RESOLUTION, HIGHEST_RESOLUTION)
+        self._resolution.change(
+            None, [self._resolution], [self._rested], js=rests, api_visibility="private", trigger_mode="multiple"
+        )
+        settings = [self._rested, self._output, self._layer, self._colours, self._drawing, self._similarity_output,
+                    self._segment_output, self._gradients, self._strict, self._scope]  # fmt: skip
+        drawn = [self._features_grid, self._similarity_grid, self._bars, self._where_grid, self._segments, self._found]
+        changes = [component.change for component in (self._stamp, self._seen, *settings)]
+        on(
+            partial(gr.on, changes),
+            redraw,
+            [self._seen, *settings],
+            [self._strip, self._board, self._source, *drawn],
+            queue=MODEL,
+            trigger_mode="always_last",
+            show_progress="full",
+            show_progress_on=drawn,
+        )
 
     def _html(self, value: str = "", elem_id: str = "") -> Any:
         return self._gr.HTML(value, js_on_load=asset("page.js"), elem_id=elem_id)
@@ -336,17 +363,16 @@ class _Parts:
         self._buttons.append((button, tab))
 
 
-def _refreshed(visit: Visit) -> tuple[Any, ...]:
-    """Everything that shows photos, after they changed; the place for uploads is empty again."""
-    return (
-        None,
-        similarity.show_photos(visit),
-        "",
-        segment.show_board(visit),
-        segment.forgotten(visit),
-        find.show_source(visit),
-        find.nothing_yet(visit),
-    )
+def _with_photos(change: Callable[..., str]) -> Callable[..., Any]:
+    """What changes the photos, and then shows them everywhere."""
+
+    @wraps(change)
+    def changed(visit: Visit, *values: Any) -> tuple[Shown, ...]:
+        before = tuple(visit.session.photos)
+        strip = change(visit, *values)
+        return show_photos(visit) if tuple(visit.session.photos) != before else (strip, KEEP, KEEP, KEEP)
+
+    return changed
 
 
 def _download_of(tab: str) -> Any:

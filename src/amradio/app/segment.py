@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from amradio.app.gallery import Upload, taken
+from amradio.app.gallery import Upload
 from amradio.app.limits import Limits
 from amradio.app.markup import board, card_of, empty, grid
 from amradio.app.photos import Photo, encoded
 from amradio.app.visit import Visit
-from amradio.errors import ImageError, OptionError
+from amradio.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,37 +56,42 @@ def choose(visit: Visit) -> str:
     return show_board(visit)
 
 
-def take_strokes(visit: Visit, resolution: Any, output: Any, gradients: Any, strict: Any = True) -> str:
-    """Take what was painted on a photo, and carry it to all."""
+def take_strokes(visit: Visit) -> None:
+    """Take what was painted on a photo."""
     photo = visit.session.photo(visit.event.get("photo"))
     visit.session.strokes[photo.key] = strokes_of(visit.event.get("strokes"), visit.house.limits)
-    return carry_over(visit, resolution, output, gradients, strict)
+    visit.session.changed()
 
 
-def take_mask(
-    visit: Visit, uploads: Sequence[Upload] | None, resolution: Any, output: Any, gradients: Any, strict: Any = True
-) -> str:
-    """Take a mask for the photo that is shown large, and carry it to all."""
-    photo = visit.session.current(TAB)
-    contents = [(u.name, taken(u, visit.house.limits.file_bytes)) for u in uploads or []]
+def take_mask(visit: Visit, uploads: Sequence[Upload] | None) -> str:
+    """Take a mask for the photo that is shown large.
+
+    Returns:
+        The board.
+    """
+    photo, limits = visit.session.current(TAB), visit.house.limits
+    contents = [(u.name, visit.house.uploads.take(u.path, limits.file_bytes)) for u in uploads or []]
     if photo is None:
         raise OptionError("Add photos first; the mask then belongs to the one that is shown large.")
     if contents:
         name, content = contents[0]
-        visit.session.masks[photo.key] = mask_of(content, name, photo, visit.house.limits)
+        visit.session.masks[photo.key] = mask_of(content, name, photo, limits)
+        visit.session.changed()
         visit.on_notice(f"The mask {name} now belongs to {photo.name}.")
-    return carry_over(visit, resolution, output, gradients, strict)
+    return show_board(visit)
 
 
 def forget(visit: Visit) -> str:
-    """Forget everything that was painted, and all masks."""
-    visit.session.strokes.clear()
-    visit.session.masks.clear()
-    visit.session.epoch += 1
-    return forgotten(visit)
+    """Forget everything that was painted, and all masks.
+
+    Returns:
+        The board.
+    """
+    visit.session.wipe()
+    return show_board(visit)
 
 
-def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, strict: Any = True) -> str:
+def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, strict: Any) -> str:
     """Carry strokes and masks to all photos."""
     from amradio.evals.propagate_strokes import BACKGROUND, carry, remember, settle
     from amradio.images.segmentation.masks import VOID
@@ -94,12 +99,12 @@ def carry_over(visit: Visit, resolution: Any, output: Any, gradients: Any, stric
     session, photos = visit.session, dict(visit.session.photos)
     labelled = [k for k in photos if session.strokes.get(k) or k in session.masks]
     if not labelled:
-        return forgotten(visit)
+        return _nothing_painted(visit)
     maps = visit.house.model.maps(visit, photos, output, resolution, gradients=bool(gradients))
     masks = {key: _mask(visit, key, (maps[key].photo.height, maps[key].photo.width)) for key in labelled}
     seen = sorted({int(label) for mask in masks.values() for label in set(mask.flat) if label != VOID})
     if not seen:
-        return forgotten(visit)
+        return _nothing_painted(visit)
     memory = remember([(maps[key].features, masks[key]) for key in labelled], max(seen) + 1)
     carried = {key: carry(memory, found.features) for key, found in maps.items()}
     below = _threshold([c.similarity for c in carried.values()]) if strict else None
@@ -159,7 +164,8 @@ def mask_of(content: bytes, name: str, photo: Photo, limits: Limits) -> tuple[np
         limits: Of the app.
 
     Returns:
-        uint8 [H, W]: classes from 0 (background), and 255 for unknown; and how many classes there are.
+        uint8 [H, W], no larger than the photo: classes from 0 (background), and 255 for unknown; and how many classes
+        there are.
 
     Raises:
         OptionError: It is no mask, or not of this photo.
@@ -169,18 +175,17 @@ def mask_of(content: bytes, name: str, photo: Photo, limits: Limits) -> tuple[np
     from amradio.images.segmentation.masks import VOID, MaskError, read_ids
 
     try:
-        ids = read_ids(content, name)
-    except (MaskError, ImageError) as error:
+        ids = read_ids(content, name, limits.file_pixels)
+    except MaskError as error:
         raise OptionError(f"{name} cannot be used as a mask: it takes a PNG file with a palette or in grey. "
                           f"({error})") from error  # fmt: skip
-    if ids.size > limits.file_pixels:
-        raise OptionError(f"{name} has {ids.size:,} pixels; masks may have up to {limits.file_pixels:,}.")
     shape, wanted = ids.shape[1] / ids.shape[0], photo.picture.width / photo.picture.height
     if abs(shape / wanted - 1) > 0.03:
         raise OptionError(
             f"{name} is {ids.shape[1]} x {ids.shape[0]} pixels, which is not the shape of {photo.name}. Choose the "
             "photo that the mask belongs to."
         )
+    ids = _fitted(ids, photo.picture.size)
     values = np.unique(ids)
     if set(values.tolist()) <= {0, VOID}:  # black and white
         return (ids > 0).astype(np.uint8), 2
@@ -195,8 +200,20 @@ def mask_of(content: bytes, name: str, photo: Photo, limits: Limits) -> tuple[np
     return numbers[ids], first + len(classes)
 
 
-def forgotten(visit: Visit) -> str:
-    """What is shown before anything was painted."""
+def _fitted(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask at the (width, height) of its photo, if it is larger: the pixels nearest to the middles of the photo's."""
+    import numpy as np
+
+    if ids.shape[1] <= size[0]:
+        return ids
+    rows = ((np.arange(size[1]) + 0.5) * ids.shape[0] / size[1]).astype(int)
+    columns = ((np.arange(size[0]) + 0.5) * ids.shape[1] / size[0]).astype(int)
+    found: np.ndarray = ids[rows][:, columns]
+    return found
+
+
+def _nothing_painted(visit: Visit) -> str:
+    visit.session.results.pop(TAB, None)
     if not visit.session.photos:
         return ""
     return empty("Nothing painted yet", "Pick a colour, and draw over something on the photo.", "✎")

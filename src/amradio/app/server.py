@@ -56,7 +56,7 @@ def running(house: House, host: str = "127.0.0.1", port: int = 7860) -> Iterator
 
     with _uploads() as uploads, _bound(host, port) as listening:
         config = uvicorn.Config(
-            make_app(house, uploads, LOOPBACK if is_loopback(host) else None),
+            make_app(house, uploads, LOOPBACK | {host} if is_loopback(host) else None),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -89,9 +89,10 @@ def make_app(house: House, uploads: Path, hosts: frozenset[str] | None) -> Any:
     from fastapi import FastAPI
 
     inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page = build_page(house)
     gr.mount_gradio_app(
         inner,
-        build_page(house),
+        page,
         path="/",
         footer_links=[],
         run_history=False,
@@ -106,7 +107,7 @@ def make_app(house: House, uploads: Path, hosts: frozenset[str] | None) -> Any:
         theme=theme(),
         css=asset("style.css"),
     )
-    return Gate(inner, house.limits, uploads, hosts)
+    return Gate(inner, house.limits, uploads, hosts, frozenset(page.fns), house.uploads)
 
 
 @contextmanager

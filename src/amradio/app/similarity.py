@@ -16,22 +16,31 @@ _BRIGHTEST = 0.995  # of all patches are darker than the brightest colour: the p
 
 def show_photos(visit: Visit) -> str:
     """The photos, to click on."""
-    photos = visit.session.photos.values()
+    photos = list(visit.session.photos.values())
     if not photos:
         return empty("What looks alike?", "Drop photos above, or take the sample photos; then click on something.", "◎")
     return grid([card_of(p, can_click=True) for p in photos], hint="Click on something in any of the photos.")
 
 
+def ask(visit: Visit) -> None:
+    """Remember the place of the event, which was clicked on."""
+    key = visit.session.photo(visit.event.get("photo")).key
+    visit.session.spot = (key, visit.number("x"), visit.number("y"))
+    visit.session.changed()
+
+
 def show_similarity(visit: Visit, resolution: Any, output: Any) -> str:
-    """Compare the patch that was clicked on with all patches of all photos."""
+    """Compare the patch that was clicked on with all patches of all photos; before a click, show the photos."""
     import torch
 
     from amradio.viz.heat import colour_bar, heat_picture
     from amradio.viz.similarity import centre_of, patch_of, similarity_map
 
-    photos = dict(visit.session.photos)
-    asked = visit.session.photo(visit.event.get("photo"))
-    x, y = visit.number("x"), visit.number("y")
+    photos, spot = dict(visit.session.photos), visit.session.spot
+    if spot is None or spot[0] not in photos:
+        visit.session.results.pop(TAB, None)
+        return show_photos(visit)
+    asked, (_, x, y) = photos[spot[0]], spot
     maps = visit.house.model.maps(visit, photos, output, resolution)
     features = maps[asked.key].features
     grid_size = (features.shape[0], features.shape[1])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amradio.app.limits import Limits
 from amradio.app.sessions import Session, Sessions
+from amradio.app.uploads import Uploads
 from amradio.errors import OptionError
 
 if TYPE_CHECKING:
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from amradio.app.model import AppModel
 
 _T = TypeVar("_T")
+
+
+class Keep(Enum):
+    """What a function returns in place of HTML for a part of the page that stays as it is."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,14 @@ class House:
         sessions: Of the pages.
         limits: What they may ask for.
         collection: The pictures that the app was started with, if any.
+        uploads: Files that were uploaded and not yet read.
     """
 
     model: AppModel
     sessions: Sessions
     limits: Limits
     collection: Collection | None = None
+    uploads: Uploads = field(default_factory=Uploads)
 
 
 @dataclass(frozen=True)

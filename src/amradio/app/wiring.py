@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from amradio.app.visit import House, Visit
+from amradio.app.visit import KEEP, House, Visit
 from amradio.errors import AmradioError, MissingDependencyError
 
-MODEL = "model"
-"""Everything runs one after the other: the model uses all cores anyway."""
+MODEL, PHOTOS, PAGE = "model", "photos", "page"
+"""Three queues, each of which does one thing after the other: the model, which uses all cores anyway; the reading of
+photos; and everything that takes no time, and must not wait for the others."""
 
 _log = logging.getLogger("amradio.app")
 _SECONDS_SHOWN = 12
@@ -35,12 +36,17 @@ def import_gradio() -> Any:
 class Wiring:
     """Connects events of a page with functions.
 
+    With each event the page sends the stamp of its session (see `amradio.app.sessions.Session.stamp`), and gets the one
+    of now. So it learns that there is something to draw, and also that its session is gone.
+
     Args:
         house: What all pages share.
+        stamp: The component that keeps the stamp.
     """
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, stamp: Any) -> None:
         self._house = house
+        self._stamp = stamp
         self._gradio = import_gradio()
 
     def on(
@@ -49,6 +55,9 @@ class Wiring:
         function: Callable[..., Any],
         inputs: Sequence[Any] = (),
         outputs: Sequence[Any] = (),
+        *,
+        queue: str = PAGE,
+        begins: bool = False,
         **options: Any,
     ) -> Any:
         """Call a function when something happens.
@@ -58,29 +67,34 @@ class Wiring:
             function: Takes a `Visit` and the values of the inputs; returns the value of the output, or several.
             inputs: Components.
             outputs: Components.
-            **options: For Gradio.
+            queue: Where it waits for its turn.
+            begins: Whether it makes sense on a page whose session is gone. Other functions are not called there.
+            **options: For Gradio. Unless they say otherwise, no event is lost and each has its turn. Gradio's
+                ``always_last`` does not fit events with data: it repeats the data of the first one.
 
         Returns:
             What the listener returns; has ``then`` and ``success``.
         """
         return listen(
-            self.adapted(function),
-            inputs=list(inputs),
-            outputs=list(outputs),
+            self.adapted(function, len(outputs), begins=begins),
+            inputs=[self._stamp, *inputs],
+            outputs=[*outputs, self._stamp],
             api_visibility="private",
-            concurrency_id=MODEL,
-            **options,
+            concurrency_id=queue,
+            **{"trigger_mode": "multiple", "show_progress": "hidden", **options},
         )
 
-    def adapted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def adapted(self, function: Callable[..., Any], outputs: int, *, begins: bool = False) -> Callable[..., Any]:
         """A function as Gradio calls it."""
         gr = self._gradio
 
-        def call(request: Any, event: Any, progress: Any = gr.Progress(), *values: Any) -> Any:  # noqa: B008
+        def call(request: Any, event: Any, progress: Any = gr.Progress(), stamp: Any = "", *values: Any) -> Any:  # noqa: B008
             try:
-                return function(self._visit(request, event, progress), *values)
+                visit = self._visit(request, event, progress, stamp if isinstance(stamp, str) else "")
+                is_lost = not visit.session.is_of(stamp if isinstance(stamp, str) else "")
+                answer = KEEP if is_lost and not begins else function(visit, *values)
             except AmradioError as error:
-                raise gr.Error(plain(error), duration=_SECONDS_SHOWN, print_exception=False) from None
+                raise gr.Error(plain(str(error)), duration=_SECONDS_SHOWN, print_exception=False) from None
             except Exception as error:
                 _log.exception("A request of the page failed")
                 raise gr.Error(
@@ -88,6 +102,12 @@ class Wiring:
                     duration=_SECONDS_SHOWN,
                     print_exception=False,
                 ) from error
+            if answer is KEEP:
+                answers: Sequence[Any] = [KEEP] * outputs
+            else:
+                answers = [answer] if outputs == 1 else answer or ()
+            stamp = visit.session.stamp
+            return (*(gr.skip() if a is KEEP else a for a in answers), stamp) if outputs else stamp
 
         # Gradio finds out by these what each argument is for.
         call.__annotations__ = {"request": gr.Request, "event": gr.EventData}
@@ -103,20 +123,19 @@ class Wiring:
         forget.__annotations__ = {"request": self._gradio.Request}
         return forget
 
-    def _visit(self, request: Any, event: Any, progress: Any) -> Visit:
+    def _visit(self, request: Any, event: Any, progress: Any, stamp: str) -> Visit:
         data = getattr(event, "_data", None)
         return Visit(
             house=self._house,
-            session=self._house.sessions.get(str(request.session_hash)),
+            session=self._house.sessions.get(str(request.session_hash), stamp),
             event=data if isinstance(data, dict) else {},
             on_progress=lambda share, what: progress(share, desc=what),
-            on_notice=lambda text: self._gradio.Warning(text, duration=_SECONDS_SHOWN),
+            on_notice=lambda text: self._gradio.Warning(plain(text), duration=_SECONDS_SHOWN),
         )
 
 
-def plain(error: Exception) -> str:
-    """An error in a length that fits the page, without what HTML would make of it."""
+def plain(text: str) -> str:
+    """A message in a length that fits the page, without what HTML would make of it."""
     from amradio.app.markup import escaped
 
-    text = str(error)
     return escaped(text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…")

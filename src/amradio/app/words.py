@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amradio.app.limits import Limits
 from amradio.app.markup import bars, card_of, empty, grid, scale
 from amradio.app.photos import encoded
+from amradio.app.tables import csv_of
 from amradio.app.visit import Visit
 from amradio.errors import CapabilityError, OptionError
 
-TAB = "words"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from amradio.app.model import AppModel
+
+TAB, WHERE = "words", "where"
 TEMPLATES = ("a photo of a {}.",)
 FIRST_WORDS = "cat, dog, person, cup of coffee, rocket, motorcycle, car, flower, tree, house, food, mountain"
 
-_OTHERS = ("person", "dog", "car", "tree", "house", "food", "flower", "mountain", "chair", "boat")
+_OTHERS = (
+    *("person", "dog", "cat", "bird", "horse", "car", "bicycle", "boat", "airplane", "tree", "flower", "grass", "sky"),
+    *("water", "mountain", "road", "house", "wall", "window", "door", "table", "chair", "bed", "sofa", "food"),
+    *("fruit", "bread", "cup", "bottle", "book", "computer", "phone", "clock", "lamp", "clothes", "shoe", "hat"),
+    *("bag", "toy", "ball"),
+)
+"""Words that a word is compared with, to tell how much more like it a patch is than like anything else."""
+
+# Measured with amradio-tiny at 448 px on 30 photos of pets and 50 of ImageNet and scikit-image: how far the word of
+# what is on a photo stands out (at the 98 % quantile of the patches), against twelve words of what is not. At 2
+# deviations, 84 % (pets: 100 %) of the former are above, and 89 % of the latter below. What is there often has 3.
+_THERE = 2.0
+_SHARE = 0.98
+_DARKEST, _BRIGHTEST = 1.0, 4.0
 _SHOWN = 5
 
 
@@ -42,7 +58,29 @@ def labels_of(text: Any, limits: Limits) -> list[str]:
     return words
 
 
-def show_bars(visit: Visit, text: Any, resolution: Any) -> str:
+def compare(visit: Visit, text: Any) -> None:
+    """Remember labels, which photos are to be compared with."""
+    _needs_words(visit, visit.house.model.text_output)
+    visit.session.labels = tuple(labels_of(text, visit.house.limits))
+    visit.session.changed()
+
+
+def look(visit: Visit, text: Any) -> str:
+    """Remember what to look for in the photos: what was typed, or the word of the bar that was clicked on.
+
+    Returns:
+        The word, for the box.
+    """
+    _needs_words(visit, visit.house.model.text_map_output)
+    asked = visit.event.get("word", text)
+    if not isinstance(asked, str) or not asked.strip():
+        raise OptionError("Type a word or two to look for.")
+    visit.session.word = labels_of(asked.replace(",", " ").replace("\n", " "), visit.house.limits)[0]
+    visit.session.changed()
+    return visit.session.word
+
+
+def show_bars(visit: Visit, resolution: Any) -> str:
     """Compare all photos with all labels."""
     import torch
 
@@ -50,10 +88,10 @@ def show_bars(visit: Visit, text: Any, resolution: Any) -> str:
     from amradio.evals.zero_shot import build_classifier, similarities
 
     model, photos = visit.house.model, dict(visit.session.photos)
-    name = _needs_words(visit, model.text_output)
-    if not photos:
-        return empty("Say what you see", "Drop photos above, or take the sample photos; then type words.", "Aa")
-    words = labels_of(text, visit.house.limits)
+    if not photos or model.text_output is None:
+        return nothing_to_compare(visit)
+    name = model.text_output
+    words = visit.session.labels or labels_of(FIRST_WORDS, visit.house.limits)
     maps = model.maps(visit, photos, name, resolution)
     output = model.output(name)
     classifier = build_classifier(output, words, TEMPLATES, device=model.device)  # [K, C]
@@ -70,51 +108,81 @@ def show_bars(visit: Visit, text: Any, resolution: Any) -> str:
             for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         articles.append(bars(photos[key], shown))
-    table = _table([photos[key].name for key in maps], words, values.tolist())
-    visit.session.results[TAB] = [("words.csv", table.encode)]
+    rows = [[photos[key].name, *row] for key, row in zip(maps, values.tolist(), strict=True)]
+    visit.session.results[TAB] = [("words.csv", partial(csv_of, [["photo", *words], *rows]))]
     what = "the probability among these words" if known else "the cosine similarity of photo and word"
     return f'<div class="toolbar"><p class="hint">The best {min(_SHOWN, len(words))} of {len(words)}, with {what}. ' \
            f'Click on a word to see where it is.</p></div><div class="wordgrid">{"".join(articles)}</div>'  # fmt: skip
 
 
-def show_where(visit: Visit, text: Any, resolution: Any) -> str:
-    """Show where in all photos something is that a person names, in the box or by a click on a bar."""
-    from amradio.evals.zero_shot import build_classifier
-    from amradio.viz.heat import colour_bar, heat_picture, limits_of
-    from amradio.viz.similarity import similarity_map
+def nothing_to_compare(visit: Visit) -> str:
+    """What is shown in place of bars where there are no photos, or the model knows no words."""
+    model = visit.house.model
+    text = "Drop photos above, or take the sample photos; then type words."
+    if model.text_output is None:
+        text = f"{model.name} has no text side, so its features cannot be compared with words."
+    return empty("Say what you see", text, "Aa")
 
-    model, photos = visit.house.model, dict(visit.session.photos)
-    name = _needs_words(visit, model.text_map_output)
-    asked = visit.event.get("word", text)
-    if not photos:
+
+def show_where(visit: Visit, resolution: Any) -> str:
+    """Show where in all photos something is that a person named.
+
+    A patch is like a word when their cosine is far above those with other words, in units of how far these lie apart.
+    The colours mean the same for each word, so that one that is on no photo lights up nowhere.
+    """
+    import torch
+
+    from amradio.viz.heat import colour_bar, heat_picture
+
+    model, photos, word = visit.house.model, dict(visit.session.photos), visit.session.word
+    name = model.text_map_output
+    if not photos or not word or name is None:
+        visit.session.results.pop(WHERE, None)
         return ""
-    if not isinstance(asked, str) or not asked.strip():
-        raise OptionError("Type a word or two to look for.")
-    word = labels_of(asked.replace(",", " ").replace("\n", " "), visit.house.limits)[0]
     maps = model.maps(visit, photos, name, resolution)
-    others = [other for other in _OTHERS if other != word]
-    queries = build_classifier(model.output(name), [word, *others], TEMPLATES, device=model.device)  # [1 + n, C]
-    # Less what any word has in common with the patch: the cosines with texts all lie close together.
-    found = {
-        key: similarity_map(m.features, queries[0]) - similarity_map(m.features, queries[1:], "mean")
-        for key, m in maps.items()
-    }
-    limits = limits_of(found.values())
+    compared = (word, *(other for other in _OTHERS if other != word))
+    queries = torch.stack([_direction(model, name, text) for text in compared])  # [1 + n, C]
+    found = {key: above_others(m.features, queries) for key, m in maps.items()}
+    best = {key: float(values.quantile(_SHARE)) for key, values in found.items()}
+    top = max(_BRIGHTEST, *best.values())
     cards, results = [], []
-    for key in sorted(found, key=lambda k: -float(found[k].max())):
+    for key in sorted(found, key=lambda k: -best[k]):
         photo = photos[key]
-        heat = heat_picture(found[key], (photo.shown.height, photo.shown.width), limits=limits)
+        heat = heat_picture(found[key], (photo.shown.height, photo.shown.width), limits=(_DARKEST, top))
         results.append((f"{photo.stem}-{key}-{_file_part(word)}.png", partial(encoded, heat, "PNG")))
-        cards.append(card_of(photo, layer=heat, ending=_file_part(word)))
-    visit.session.results["where"] = results
+        note = f"{best[key]:.1f}" if best[key] >= _THERE else f"{best[key]:.1f}, probably not here"
+        cards.append(card_of(photo, layer=heat, ending=_file_part(word), note=note))
+    visit.session.results[WHERE] = results
     hint = f"Where is “{word}”? The photo in which it is found best comes first."
-    return grid(cards, blend=0.65, legend=scale("less", "more", colour_bar()), hint=hint)
+    if max(best.values()) < _THERE:
+        hint = f"“{word}” is probably on none of these photos: no place is much more like it than like other words."
+    legend = scale(f"{_DARKEST:.0f}", f"{top:.0f} deviations above other words", colour_bar())
+    return grid(cards, blend=0.65, legend=legend, hint=hint)
 
 
-def show_where_of_bar(visit: Visit, text: Any, resolution: Any) -> tuple[str, str]:
-    """The same for a bar that was clicked on; also returns its word, for the box."""
-    page = show_where(visit, text, resolution)
-    return str(visit.event.get("word", text)), page
+def above_others(features: Tensor, queries: Tensor) -> Tensor:
+    """How far the cosines with the first query are above those with the others, in standard deviations of these.
+
+    Args:
+        features: [h, w, C].
+        queries: [1 + n, C], n > 1.
+
+    Returns:
+        [h, w].
+    """
+    import torch.nn.functional as F
+
+    cosines = F.normalize(features.float(), dim=-1) @ F.normalize(queries.float(), dim=-1).T  # [h, w, 1 + n]
+    others = cosines[..., 1:]
+    return (cosines[..., 0] - others.mean(-1)) / others.std(-1).clamp_min(1e-6)
+
+
+def _direction(model: AppModel, name: str, word: str) -> Tensor:
+    """What a word is in the space of an output, [C]."""
+    from amradio.evals.zero_shot import build_classifier
+
+    return model.remembered((name, word), lambda: build_classifier(model.output(name), [word], TEMPLATES,
+                                                                   device=model.device)[0])  # fmt: skip
 
 
 def _needs_words(visit: Visit, name: str | None) -> str:
@@ -124,19 +192,6 @@ def _needs_words(visit: Visit, name: str | None) -> str:
             "that has one, such as amradio-tiny."
         )
     return name
-
-
-def _table(names: Sequence[str], words: Sequence[str], values: Sequence[Sequence[float]]) -> str:
-    """As CSV; a name that a spreadsheet would take for a formula is quoted by an apostrophe."""
-    data = io.StringIO()
-    writer = csv.writer(data)
-    writer.writerow(["photo", *map(_harmless, words)])
-    writer.writerows([_harmless(n), *(f"{v:.4f}" for v in row)] for n, row in zip(names, values, strict=True))
-    return data.getvalue()
-
-
-def _harmless(text: str) -> str:
-    return f"'{text}" if text[:1] in "=+-@\t" else text
 
 
 def _file_part(word: str) -> str:

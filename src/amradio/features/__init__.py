@@ -16,6 +16,7 @@ from amradio.features.embed import EmbedOptions, embed
 from amradio.features.embeddings import Embeddings, load_embeddings
 from amradio.features.extract import extract
 from amradio.features.job import run_job
+from amradio.features.manifest import StaleError
 from amradio.features.maps import AttentionMap, FeatureMap, attention_map, feature_map, feature_maps
 from amradio.features.runner import ExtractOptions, FeatureModel, FeatureRecord, Keep
 from amradio.features.timing import StageTimer
@@ -34,6 +35,7 @@ __all__ = [
     "FeatureWriter",
     "Keep",
     "StageTimer",
+    "StaleError",
     "WriterOptions",
     "attention_map",
     "collect",

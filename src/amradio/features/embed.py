@@ -30,6 +30,7 @@ from amradio.features.files import remove_temporary_files
 from amradio.features.manifest import (
     MANIFEST_NAME,
     Manifest,
+    StaleError,
     differences,
     new_manifest,
     read_manifest,
@@ -106,8 +107,8 @@ def embed(
         what `StageTimer.record` says: wall time and speed of all processes together, stages and batch fill of this one.
 
     Raises:
-        OptionError: The folder holds embeddings made with other settings; the message says which. Or it holds other
-            files of the names that would be written.
+        StaleError: The folder holds embeddings made with other settings; the message says which.
+        OptionError: It holds other files of the names that would be written.
         OSError: The embeddings could not be written.
     """
     check_same_set(images, group)
@@ -172,7 +173,7 @@ class _Job:
                 path.unlink(missing_ok=True)
         elif earlier["fingerprint"] != self.fingerprint:
             changed = differences(earlier["config"], self.manifest["config"])
-            raise OptionError(
+            raise StaleError(
                 f"The folder {self.folder} holds embeddings made with other settings: {'; '.join(changed)}. Choose "
                 "another folder, use the same settings to resume, or say that it may be overwritten."
             )

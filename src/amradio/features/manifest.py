@@ -123,6 +123,10 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class StaleError(OptionError):
+    """There are embeddings, but of other pictures, made with other settings or by another version."""
+
+
 def read_manifest(folder: Path, *, any_version: bool = False) -> Manifest | None:
     """Read the manifest of a folder.
 
@@ -134,7 +138,8 @@ def read_manifest(folder: Path, *, any_version: bool = False) -> Manifest | None
         The manifest; None if there is none.
 
     Raises:
-        OptionError: The file is something else, or of another version.
+        OptionError: The file is something else.
+        StaleError: It is of another version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -146,7 +151,7 @@ def read_manifest(folder: Path, *, any_version: bool = False) -> Manifest | None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise OptionError(f"{path} is not a manifest of embeddings.")
     if manifest.get("format_version") != FORMAT_VERSION and not any_version:
-        raise OptionError(
+        raise StaleError(
             f"{path} has the format version {manifest.get('format_version')}, and this version of amradio reads "
             f"version {FORMAT_VERSION}. Make the embeddings again, or use the amradio that made them "
             f"({manifest.get('config', {}).get('amradio', 'unknown')})."

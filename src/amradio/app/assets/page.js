@@ -16,7 +16,8 @@ element.addEventListener('click', (event) => {
   const chosen = at('[data-choose]');
   const word = at('[data-word]');
   const spot = at('[data-click]');
-  if (removed) trigger('remove', { photo: number(removed, 'remove') });
+  if (at('[data-dismiss]')) trigger('dismiss');
+  else if (removed) trigger('remove', { photo: number(removed, 'remove') });
   else if (chosen) trigger('choose', { photo: number(chosen, 'choose') });
   else if (word) trigger('word', { word: word.dataset.word });
   else if (spot) {
@@ -103,6 +104,7 @@ element.addEventListener('click', (event) => {
 
 // ---- boxes ----
 
+const SMALLEST = 0.01; // of the photo's side; find.py knows it too
 let corner = null;
 const showBox = (node, from, to) => {
   const box = node.querySelector('.box');
@@ -146,11 +148,17 @@ const finish = (event) => {
     const boxes = element.querySelector('.boxes');
     const box = showBox(boxes, corner, share(event, boxes));
     corner = null;
+    const isClick = Math.min(box.right - box.left, box.bottom - box.top) < SMALLEST;
+    if (isClick) boxes.querySelector('.box').style.display = 'none';
     trigger('region', { photo: number(boxes, 'photo'), ...box });
   }
 };
 element.addEventListener('pointerup', finish);
-element.addEventListener('pointercancel', () => { line = corner = null; redraw(); });
+element.addEventListener('pointercancel', () => {
+  if (corner) element.querySelector('.box').style.display = 'none';
+  line = corner = null;
+  redraw();
+});
 
 // ---- when a result has come ----
 
@@ -162,5 +170,18 @@ watch('value', () => {
   if (box && photo !== shown) box.style.display = 'none';
   shown = photo;
   redraw();
+  rememberPhotos();
 });
 redraw();
+
+// ---- photos that were forgotten with the page that had them ----
+
+const PHOTOS = 'amradio-photos';
+const isStrip = Boolean(element.closest('#strip'));
+const rememberPhotos = () => {
+  if (isStrip) sessionStorage.setItem(PHOTOS, element.querySelectorAll('.thumb').length);
+};
+if (isStrip && Number(sessionStorage.getItem(PHOTOS)) > 0) {
+  sessionStorage.removeItem(PHOTOS);
+  setTimeout(() => trigger('reopened'), 500); // once the page listens
+}

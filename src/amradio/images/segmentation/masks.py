@@ -141,12 +141,13 @@ class LabelTable:
         )
 
 
-def read_ids(content: bytes, location: str) -> np.ndarray:
+def read_ids(content: bytes, location: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read the ids in a PNG file, with a palette or in grey, of 1 to 16 bits.
 
     Args:
         content: Of the file.
         location: For messages.
+        max_pixels: What its header may say, before anything is decoded.
 
     Returns:
         uint8 or uint16 [H, W]: palette indices, or grey values as stored.
@@ -154,7 +155,7 @@ def read_ids(content: bytes, location: str) -> np.ndarray:
     Raises:
         MaskError: It is no PNG file, too large or broken, or has colours in place of ids.
     """
-    image = _open_png(content, location)
+    image = _open_png(content, location, max_pixels)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         raise _not_an_index_mask(image, location)
     scale = _NARROW_GREY.get(str(image.tile[0].args), 1) if image.tile else 1  # forgotten once pixels are loaded
@@ -199,15 +200,15 @@ def check_size(shape: tuple[int, ...], size: tuple[int, int] | None, location: s
         )
 
 
-def check_budget(height: int, width: int, location: str) -> None:
-    """Check that a mask is no larger than any picture may be, before there is memory for it.
+def check_budget(height: int, width: int, location: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Check that a mask is no larger than any picture may be (or than `max_pixels`), before there is memory for it.
 
     Raises:
         MaskError: It is.
     """
-    if not 0 < height * width <= MAX_PIXELS:
+    if not 0 < height * width <= max_pixels:
         raise MaskError(
-            f"The mask {location} says that it has {width} x {height} pixels; there must be 1 to {MAX_PIXELS:,}.",
+            f"The mask {location} says that it has {width} x {height} pixels; there must be 1 to {max_pixels:,}.",
             "unreadable-mask",
         )
 
@@ -287,7 +288,7 @@ def content_of(store: Storage, name: str) -> bytes:
         raise MaskError(str(error), "unreadable-mask") from error
 
 
-def _open_png(content: bytes, location: str) -> PngImagePlugin.PngImageFile:
+def _open_png(content: bytes, location: str, max_pixels: int = MAX_PIXELS) -> PngImagePlugin.PngImageFile:
     if not content.startswith(_PNG):
         raise MaskError(
             f"The mask {location} is no PNG file (it begins with bytes {content[:8].hex(' ')}). Masks must be PNG "
@@ -304,7 +305,7 @@ def _open_png(content: bytes, location: str) -> PngImagePlugin.PngImageFile:
         image = PngImagePlugin.PngImageFile(io.BytesIO(content))
     except Exception as error:
         raise _broken(location, error) from error
-    check_budget(image.height, image.width, location)
+    check_budget(image.height, image.width, location, max_pixels)
     return image
 
 
