@@ -5,7 +5,7 @@ python examples/create_memory_bank.py --model dino_vits16 --input-size 512 --dat
     --scann-index support_index/index --memory-size 102400 --num-neighbors 5
 
 The rows and their labels are written where --memory-bank and --memory-bank-labels say. Search is exact unless
---search scann is given; the folder --scann-index gets a file that says how the rows are to be searched.
+--search scann is given; the folder --scann-index gets a file that says how eval_gradients.py is to search the rows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main() -> None:
     import amradio
     from amradio.errors import AmradioError
     from amradio.evals.in_context import build_memory
+    from amradio.weights.files import atomic_file
 
     try:
         backbone = amradio.load_backbone(options.model)
@@ -41,7 +42,8 @@ def main() -> None:
         torch.save(rows, path)
     options.scann_index.mkdir(parents=True, exist_ok=True)
     about = {"num_neighbors": options.num_neighbors, "search": options.search, "options": search_options(options)}
-    (options.scann_index / INDEX_FILE).write_text(json.dumps({**about, "rows": len(bank)}, indent=1) + "\n")
+    with atomic_file(options.scann_index / INDEX_FILE) as part:
+        part.write_text(json.dumps({**about, "rows": len(bank)}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(bank):,} patches in {options.memory_bank}; search: {options.search}")
 
 

@@ -5,7 +5,8 @@ python examples/eval_gradients.py --model dino_vits16 --input-size 512 --patch-s
     --negative-batch-percent 0.5 --memory-bank support_index/features.pth --scann-index support_index/index \
     --memory-size 102400
 
-The protocol is fungi-paper, with every quirk of the published code. Search is exact unless --search scann is given.
+The protocol is fungi-paper, with every quirk of the published code. The memory is searched exactly unless
+--search scann is given; the support index is searched as create_memory_bank.py was told.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 from create_memory_bank import INDEX_FILE
 from hummingbird_options import memory_options, parser, setup_for, voc
@@ -39,10 +41,7 @@ def main() -> None:
     from amradio.evals.in_context import run_in_context
 
     try:
-        index = options.scann_index / INDEX_FILE
-        if not index.is_file():
-            raise SystemExit(f"error: {options.scann_index} has no {INDEX_FILE}: run create_memory_bank.py first")
-        neighbours = int(json.loads(index.read_text())["num_neighbors"])
+        neighbours, search, search_options = read_index(options.scann_index / INDEX_FILE)
         fungi = DenseFungiOptions(
             fungi=True,
             fungi_layer=options.gradients_layer,
@@ -55,12 +54,23 @@ def main() -> None:
         train, config = voc(options, "train"), memory_options(options)
         backbone = amradio.load_backbone(options.model)
         setup = setup_for(options, backbone, half=options.use_fp16)
-        wrapped = fungi.with_gradients(backbone, train, config, setup)
+        wrapped = fungi.with_gradients(backbone, train, config, setup, search=search, search_options=search_options)
         (report,) = run_in_context(wrapped, train, voc(options, "val"), config, setup)
     except AmradioError as error:
         raise SystemExit(f"error: {error}") from None
     print(report.protocol)
     print(f"mIoU: {report.metrics['miou'].value:.2f}")
+
+
+def read_index(path: Path) -> tuple[int, str, dict[str, Any]]:
+    """What create_memory_bank.py noted: how many neighbours the index gives, how it is searched, with which options."""
+    if not path.is_file():
+        raise SystemExit(f"error: {path.parent} has no {path.name}: run create_memory_bank.py first")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return int(about["num_neighbors"]), str(about["search"]), dict(about["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: {path} cannot be read ({error}): run create_memory_bank.py again") from None
 
 
 def negatives(asked: int, neighbours: int) -> int:

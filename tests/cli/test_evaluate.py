@@ -69,6 +69,51 @@ def test_gradients_beside_the_summary(
     assert "FUNGI" not in str(plain.model["version"])
     assert "FUNGI (kl, simclr; clean, sign)" in str(fungi.model["version"])
     assert only.metrics["top1"].value > 25
+    assert "fungi" not in plain.config
+    record = fungi.config["fungi"]
+    assert (record["kind"], record["seed"], record["layer"]) == ("image", 3, "model.blocks.2.attn.proj")
+    assert record["objectives"]["simclr"]["temperature"] == 0.07
+    assert len(record["objectives"]["simclr"]["sha256"]) == 64
+    assert only.config["fungi"]["include_embedding"] is False
+    (other,) = run_json(["eval", "knn", *data, "--fungi", "kl", "--fungi", "simclr", "--seed", "4"], capsys)
+    assert other.config["fungi"]["objectives"] != record["objectives"]
+
+
+def test_uniform_knn(train: str, evaluation: str, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["eval", "knn", "--train", train, "--eval", evaluation, "-m", checkpoint, "--resolution", "32", "32"]
+    (report,) = run_json([*data, "--protocol", "fungi", "--k", "3", "--pca", "8", "--fungi", "kl"], capsys)
+    assert "protocol fungi" in report.protocol
+    assert report.config["pca"] == 8
+    assert set(report.metrics) == {"top1", "mean_per_class"}
+    (few,) = run_json([*data, "--protocol", "fungi", "--k", "3", "--shots", "2"], capsys)
+    assert few.dataset["train"]["count"] == 8
+    for more, words in (
+        (["--pca", "8"], "Under --protocol weighted there is no --pca"),
+        (["--protocol", "fungi", "--temperature", "1", "--draws", "2"], "there is no --temperature, --draws"),
+    ):
+        assert main([*data, *more]) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_retrieval_map(
+    train: str, evaluation: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["eval", "retrieval-map", "--database", train, "-m", checkpoint, "--resolution", "32", "32"]
+    (alone,) = run_json([*data, "--pca", "8", "-o", str(tmp_path)], capsys)
+    (asked,) = run_json([*data, "--queries", evaluation, "--fungi", "kl", "--fungi-projection", "rank-one-4"], capsys)
+    assert alone.metrics.keys() == asked.metrics.keys() == {"map", "mp1", "mp5", "mp10"}
+    assert asked.dataset["queries"]["count"] == 20
+    assert asked.config["fungi"]["projection"] == "rank-one-4"
+    assert len(list(tmp_path.glob("retrieval-map-*.json"))) == 1
+    gnd = tmp_path / "gnd.json"
+    gnd.write_text(json.dumps({"imlist": ["0"], "qimlist": [], "gnd": []}))
+    for more, words in (
+        (["--ground-truth", str(gnd)], "1 of the 1 pictures that gnd.json lists are not exactly once"),
+        (["--ground-truth", str(gnd), "--limit", "3"], "--limit leaves out pictures"),
+        (["--queries-split", "val"], "--queries-split needs --queries"),
+    ):
+        assert main([*data, *more]) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_gradients_alone_need_a_loss(train: str, capsys: pytest.CaptureFixture[str]) -> None:

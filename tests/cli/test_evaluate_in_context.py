@@ -120,6 +120,7 @@ def test_other_options(data: str, checkpoint: str, tmp_path: Path, capsys: pytes
         (["--fungi", "--fungi-negatives", "0"], "negatives_per_token must be at least 1, got 0"),
         (["--fungi", "--fungi-support-size", "0"], "--fungi-support-size must be at least 1, got 0"),
         (["--fungi", "--fungi-support-neighbours", "-1"], "--fungi-support-neighbours must be at least 1, got -1"),
+        (["--stream-batch", "5"], "Under the protocol clean no result depends on a batch size"),
         (["--fungi", "--layer", "0"], "--fungi takes gradients of the whole backbone"),
         (
             ["--fungi", "--protocol", "fungi-paper", "--fungi-negatives", "9"],
@@ -184,3 +185,27 @@ def test_search_options_reach_the_evaluation() -> None:
         "anisotropic_quantization_threshold": 0.3,
         "dimensions_per_block": 2,
     }
+
+
+@pytest.mark.parametrize(
+    "more", [["--fungi"], ["--fungi", "--augmentation-epochs", "2"], ["--augmentation-epochs", "3"]]
+)
+def test_the_bar_ends_where_it_should(
+    data: str, checkpoint: str, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    seen = {"total": 0, "done": 0}
+
+    @contextmanager
+    def bar(total: int, what: str, *, enabled: bool = True) -> Any:
+        def advance(count: int) -> None:
+            seen["done"] += count
+
+        seen["total"] = total
+        yield advance
+
+    monkeypatch.setattr("amradio.cli.evaluation.progress_bar", bar)
+    small = ["--resolution", "40", "48", "--fungi-projection", "tensor-sketch"] if "--fungi" in more else []
+    assert main(words(data, checkpoint, *(small or ["--resolution", "40", "48"]), *more)) == 0
+    assert seen["done"] == seen["total"] > 0

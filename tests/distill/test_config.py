@@ -93,6 +93,10 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"student__damp": 0.1}, "student"),
         ({"data__crops": {"flip": 0.0}}, "data"),
         ({"optimizer": {"kind": "lamb"}}, "optimizer.kind"),
+        ({"optimizer": {"betas": [0.8, 0.9]}}, "optimizer.betas"),
+        ({"optimizer": {"eps": 1e-6}}, "optimizer.eps"),
+        ({"optimizer": {"weight_decay": 0.5}}, "optimizer.weight_decay"),
+        ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay"),
         ({"run__accumulate": 2}, "run"),
     ],
 )
@@ -103,6 +107,7 @@ def test_identity_tells_what_changed(config, changes, part):
 
 def test_identity_does_not_mind_how_it_is_run(config):
     changes = {"run__log_steps": 5, "data__workers": 1, "student__checkpointing": True, "schedule__steps": 7}
+    changes |= {"optimizer__lr": 0.5, "optimizer__clip": 3.0}
     assert config(**changes).identity == config().identity
 
 
@@ -123,3 +128,23 @@ def test_settings_in_the_documentation_are_right():
     assert {h.kind for h in hooks} == set(_KINDS)
     for hook in hooks:
         assert parse_strictly(_KINDS[hook.kind], hook.options, "its options").eval
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__lr": -1.0}, r"optimizer\.lr must be above 0, got -1\.0"),
+        ({"optimizer__lr": float("inf")}, r"optimizer\.lr must be above 0, got inf"),
+        ({"optimizer__betas": [0.9, 1.0]}, r"optimizer\.betas must be at least 0 and below 1, got \[0\.9, 1\.0\]"),
+        ({"optimizer__eps": 0.0}, r"optimizer\.eps must be above 0"),
+        ({"optimizer__weight_decay": -0.1}, r"optimizer\.weight_decay must be at least 0"),
+        ({"optimizer__layer_decay": 1.5}, r"optimizer\.layer_decay must be above 0 and at most 1"),
+        ({"optimizer__clip": 0.0}, r"optimizer\.clip must be above 0 \(or null: no bound\)"),
+        ({"schedule__floor": 2.0}, r"schedule\.floor must be a share from 0 to 1, got 2\.0"),
+        ({"run__checkpoint_minutes": 0.0}, r"run\.checkpoint_minutes must be above 0"),
+        ({"run__checkpoint_steps": 0}, r"run\.checkpoint_steps must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)

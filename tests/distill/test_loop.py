@@ -1,11 +1,13 @@
 """The loop: it learns, stops, goes on exactly, and says what goes wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -258,6 +260,27 @@ def test_another_run_is_not_resumed(config, tmp_path):
     assert run(config(run__log_steps=2, schedule__steps=8), tmp_path).step == 8  # a longer schedule is no other run
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight_decay", 5.0), ("betas", [0.5, 0.6]), ("eps", 1e-3), ("layer_decay", 0.5)]
+)
+def test_what_the_optimiser_was_built_under_stays(config, tmp_path, name, value):
+    run(config(), tmp_path, max_minutes=0)
+    with pytest.raises(ConfigError, match=rf"saved by another run: optimizer\.{name} changed since") as refusal:
+        run(config(**{f"optimizer__{name}": value}), tmp_path)
+    assert "Delete" not in str(refusal.value)
+    assert run(config(optimizer__lr=1e-4, optimizer__clip=0.5, schedule__floor=0.1), tmp_path).step == 6
+
+
+def test_a_good_state_is_not_called_damaged(config, tmp_path, monkeypatch):
+    run(config(), tmp_path, max_minutes=0)
+    monkeypatch.setattr("amradio.distill.loop.check_identity", lambda *state: None)  # as of a version that checks less
+    with pytest.raises(CheckpointError, match=r"saved by another configuration or version: .* is not in it") as missing:
+        run(config(optimizer__layer_decay=0.5), tmp_path)
+    with pytest.raises(CheckpointError, match=r"has the shape \[.*\] in it, not \[") as other:
+        run(config(student__model__backbone__mlp_hidden_dim=40), tmp_path)
+    assert "Delete" not in f"{missing.value} {other.value}"
+
+
 def test_other_weights_of_a_teacher_are_noticed(config, tmp_path, teachers):
     from amradio.models.configs import RadioConfig
     from amradio.weights.checkpoint import Identity
@@ -459,6 +482,42 @@ def test_cached_targets_are_what_is_computed(config, tmp_path, monkeypatch):
     assert same(weights(tmp_path / "filling"), weights(tmp_path / "filled"))
     with pytest.raises(ConfigError, match=r"another teacher, other pictures or other crops. They differ in: crops"):
         run(config(data__cache_dir=str(tmp_path / "cache"), data__crops={"flip": 0.1}, **fixed), tmp_path / "other")
+
+
+def test_pictures_of_the_same_names_do_not_share_cached_targets(config, tmp_path):
+    fixed = {"data__fixed_views": 1, "teachers__0__resolution": 32, "schedule__steps": 2, "schedule__warmup": 1}
+    for folder, shade in (("a", 0), ("b", 128)):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            Image.new("RGB", (40, 40), (shade, 9 * i, 0)).save(tmp_path / folder / f"{i:04d}.jpg")
+    changes = {**fixed, "data__cache_dir": str(tmp_path / "cache")}
+    run(config(**changes, data__sources=[{"path": str(tmp_path / "a")}]), tmp_path / "first")
+    with pytest.raises(ConfigError, match=r"They differ in: pictures"):
+        run(config(**changes, data__sources=[{"path": str(tmp_path / "b")}]), tmp_path / "second")
+
+
+def test_with_cached_targets_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):  # large JPEGs of fine detail, which draft decoding shrinks
+        small = Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8))
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    changes = {"data__sources": [{"path": str(folder)}], "data__fixed_views": 4, "data__decode": "draft"}
+    changes |= {"teachers__0__resolution": 96, "run__checkpoint_steps": 2, "run__keep": 9, "run__statistics": 4}
+    # Two partitions share the cached targets, and ask for them in other batches and at other sizes.
+    changes["partitions"] = [
+        {"name": n, "sizes": [s], "batch_size": b} for n, s, b in (("low", 24, 4), ("high", 64, 3))
+    ]
+    whole = config(**changes, data__cache_dir=str(tmp_path / "cache"))
+    run(whole, tmp_path / "whole")
+    killed = config(**changes, data__cache_dir=str(tmp_path / "other"))
+    run(killed, tmp_path / "killed")
+    for step in (4, 6):  # the process was killed after step 6 and before its state was saved; the cache has its targets
+        shutil.rmtree(tmp_path / "killed" / "states" / f"step-{step:08d}")
+    (tmp_path / "killed" / "model.safetensors").unlink()
+    assert run(killed, tmp_path / "killed").step == 6
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
 def test_tensorboard_is_optional(config, tmp_path, monkeypatch):

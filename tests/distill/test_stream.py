@@ -1,9 +1,12 @@
 """The stream of pictures is a function of seed and step, whoever reads it."""
 
 import dataclasses
+import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from amradio.distill.stream import Loader, Pictures, Planner, Purpose, open_pictures, seed_for
 from amradio.errors import DatasetError
@@ -111,3 +114,72 @@ def test_sources_are_joined(config, photos):
     assert pictures.identity != open_pictures(c.data).identity
     with pytest.raises(DatasetError, match="no pictures"):
         Pictures([open_images(str(photos)).head(0)], [1])
+
+
+def test_every_name_counts_and_the_place_does_not(config, tmp_path):
+    def identity(folder):
+        return open_pictures(config(data__sources=[{"path": str(folder)}]).data).identity
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for i in range(200):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / folder / f"{i:04d}.png")
+    before = identity(tmp_path / "a")
+    assert identity(tmp_path / "b") == before
+    (tmp_path / "a" / "0101.png").rename(tmp_path / "a" / "0101x.png")
+    assert identity(tmp_path / "a") != before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_pictures_of_the_same_names_have_other_contents(config, tmp_path, packed):
+    found = {}
+    for folder, shade in (("a", 0), ("copy", 0), ("b", 128)):
+        (tmp_path / folder).mkdir()
+        for i in range(40):  # as pixels without compression all files are of one size
+            Image.new("RGB", (8, 8), (shade, i, 0)).save(tmp_path / folder / f"{i:04d}.bmp")
+        path = tmp_path / folder
+        if packed:
+            path = tmp_path / folder / "pictures.tar"
+            with tarfile.open(path, "w") as tar:
+                for file in sorted((tmp_path / folder).glob("*.bmp")):
+                    tar.add(file, file.name)
+        found[folder] = open_pictures(config(data__sources=[{"path": str(path)}]).data)
+    assert found["a"].identity == found["copy"].identity == found["b"].identity
+    assert found["a"].contents == found["copy"].contents != found["b"].contents
+
+
+def test_a_file_of_another_size_has_other_contents(config, tmp_path):
+    for i in range(700):
+        (tmp_path / f"{i:04d}.png").write_bytes(b"x")
+    pictures = [open_pictures(config(data__sources=[{"path": str(tmp_path)}]).data)]
+    before = pictures[0].contents
+    (tmp_path / "0001.png").write_bytes(b"xy")  # which is not among those that are read
+    again = open_pictures(config(data__sources=[{"path": str(tmp_path)}]).data)
+    assert again.identity == pictures[0].identity
+    assert again.contents != before
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Large JPEGs of fine detail, which draft decoding shrinks."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        small = Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8))
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    return folder
+
+
+def test_pixels_do_not_depend_on_what_is_cached(config, large, tmp_path):
+    changes = {"data__sources": [{"path": str(large)}], "data__fixed_views": 1, "data__decode": "draft"}
+    changes |= {"partitions__0__sizes": [24], "teachers__0__resolution": 96, "data__cache_dir": str(tmp_path / "cache")}
+    c = config(**changes)
+    pictures = open_pictures(c.data)
+
+    def student(sizes):
+        loader = Loader(pictures, Planner(c, len(pictures), 8), c.data, lambda plan: sizes)
+        return next(loader.batches(0, 1, [0]))[0].student
+
+    assert c.decoded_side == 96
+    assert torch.equal(student({96}), student(set()))

@@ -124,3 +124,12 @@ def test_a_cache_takes_room_as_it_fills(tmp_path):
     file = tmp_path / "features.f16"
     assert file.stat().st_size == 100_000 * 64 * 64 * np.dtype(np.float16).itemsize
     assert file.stat().st_blocks * 512 < 10**6
+
+
+def test_what_was_stored_first_stays(tmp_path):
+    cache = TargetCache(tmp_path, 6, {})
+    cache.write([1, 2], Targets(torch.ones(2, 3), None))
+    found = cache.write([2, 4, 4], Targets(torch.tensor([[5.0] * 3, [6.0] * 3, [7.0] * 3]), None))
+    assert found.summary[:, 0].tolist() == cache.read([2, 4, 4]).summary[:, 0].tolist()
+    assert found.summary[0, 0] == 1
+    assert found.summary.dtype == torch.float32

@@ -167,3 +167,51 @@ def test_what_is_wrong_is_said_in_a_line(here: Path, asked: list[str], run: Call
         run(evaluate)
     with pytest.raises(SystemExit, match="has patches of 16 pixels, not 14"):
         run([*create, "--patch-size", "14"])
+
+
+def short(command: list[str], **changes: str) -> list[str]:
+    """A published command with a few options given another value."""
+    return [*command, *(w for name, value in changes.items() for w in (f"--{name.replace('_', '-')}", value))]
+
+
+QUICK = {"input_size": "64", "memory_size": "40"}
+
+
+def test_the_support_index_is_searched_as_it_was_made(
+    here: Path, asked: list[str], run: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    import amradio.search
+
+    built: list[tuple[str, int]] = []
+    real = amradio.search.build_index
+
+    def build(rows: Any, spec: str = "exact", **options: Any) -> Any:
+        built.append((spec, len(rows)))
+        return real(rows, spec, **options)
+
+    monkeypatch.setattr(amradio.search, "build_index", build)
+    monkeypatch.setattr("amradio.evals.in_context.score.build_index", build)
+    run(short(words(CREATE, FULL["create"], ""), **QUICK, search="faiss:Flat"))
+    assert built == []  # rows alone are written; an index of them would be thrown away
+    evaluate = short(words(EVALUATE, FULL["evaluate"], ""), **QUICK, num_negative_neighbors="2")
+    run([w for w in evaluate if w != "--use-fp16"])
+    assert built == [("faiss:Flat", 40)]  # that of the support index; the memory is searched exactly
+
+
+def test_the_batch_size_is_in_the_printed_protocol(
+    here: Path, asked: list[str], run: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(short(words(CREATE, FULL["create"], ""), **QUICK))
+    run(short(words(EVALUATE, FULL["evaluate"], ""), **QUICK, num_negative_neighbors="2", batch_size="3"))
+    assert "random numbers in one shuffled-stream, batches of 3;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"num_neighbors": 5}', '{"num_neighbors": "x", "search": "exact"}'])
+def test_a_damaged_index_is_said_in_a_line(
+    here: Path, asked: list[str], run: Callable[[list[str]], None], content: str
+) -> None:
+    (here / "support_index" / "index").mkdir(parents=True)
+    (here / "support_index" / "index" / "index.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"error: .*index\.json cannot be read \(.*run create_memory_bank\.py again"):
+        run(words(EVALUATE, FULL["evaluate"], ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -11,9 +11,11 @@ from amradio.cli.evaluate_features import CompareFeatures, FeatureStats, ModeSwi
 from amradio.cli.evaluate_in_context import InContext
 from amradio.cli.evaluate_linear_seg import LinearSeg
 from amradio.cli.evaluate_position import Position
+from amradio.cli.evaluate_retrieval_map import RetrievalMap
 from amradio.cli.evaluate_sam import Sam
 from amradio.cli.evaluate_text import Retrieval, ZeroShot
 from amradio.cli.evaluation import EvalCommand
+from amradio.cli.fungi import ImageFungiOptions
 from amradio.errors import OptionError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainAndEval(EvalCommand):
+class TrainAndEval(ImageFungiOptions, EvalCommand):
     """Base class of evaluations that learn from one labelled set and are judged on another."""
 
     train: Annotated[str, tyro.conf.arg(aliases=["--dataset"])]
@@ -37,22 +39,12 @@ class TrainAndEval(EvalCommand):
     """Its part; default validation where there are several."""
     classes: Literal["same", "subset"] = "same"
     """How classes must agree: as many in both, or those to classify are some of the others, under the same numbers."""
-    fungi: tyro.conf.UseAppendAction[tuple[Literal["kl", "dino", "simclr", "deepcluster"], ...]] = ()
-    """Put the gradients of this self-supervised loss beside the summary. Repeat the option for several."""
-    fungi_preset: Literal["clean", "fungivision", "fungi-paper"] = "clean"
-    """Whose settings of these losses."""
-    fungi_projection: str = "sign"
-    """How gradients are made as wide as the summary: sign, rank-one-4, tensor-sketch, ..."""
-    fungi_only: bool = False
-    """Leave the summary out, and evaluate the gradients alone."""
 
     def open(self) -> dict[str, ImageSet]:
         """The train and the evaluation set."""
         from amradio.evals.runner import check_pair
 
-        if self.fungi_only and not self.fungi:
-            raise OptionError("--fungi-only evaluates gradients alone, and no --fungi says which.")
-
+        self.check_fungi()
         train = self.open_set(self.train, self.train_split, "train")
         spec = self.train if self.evaluation is None else self.evaluation
         evaluation = self.open_set(spec, self.eval_split, "validation")
@@ -61,23 +53,18 @@ class TrainAndEval(EvalCommand):
 
     def prepared(self, backbone: Backbone, images: dict[str, ImageSet]) -> Backbone:
         """The backbone, with gradients in its summaries if asked for."""
-        if not self.fungi:
-            return backbone
-        from amradio.fungi import FungiWrapper, ImageConfig
-
-        config = ImageConfig(
-            preset=self.fungi_preset,
-            projection=self.fungi_projection,
-            include_embedding=not self.fungi_only,
-            seed=self.seed,
-        )
-        return FungiWrapper(backbone, self.fungi, config).fit(images["train"])
+        return self.with_image_gradients(backbone, images["train"], self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(TrainAndEval):
     """k-NN classification of summaries: the k nearest train pictures vote with exp(similarity / temperature)."""
 
+    protocol: Literal["weighted", "fungi"] = "weighted"
+    """weighted: as RADIO, DINO and DINOv2 report it. fungi: as FUNGI's numbers are made: equal votes by Euclidean
+    distance, after PCA if asked for; --shots takes the first pictures of each class."""
+    pca: int | None = None
+    """Under fungi: reduce features to so many principal components of the train set; published: 384 or 512."""
     k: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
     """Neighbours; default 20. Repeat the option for several: all come from one search."""
     temperature: float = 0.07
@@ -89,8 +76,19 @@ class Knn(TrainAndEval):
     search_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the similarities."""
 
+    def open(self) -> dict[str, ImageSet]:
+        """The train and the evaluation set, after a check that options belong to the protocol."""
+        others = ("pca",) if self.protocol == "weighted" else ("temperature", "draws", "search_dtype")
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"--{name.replace('_', '-')}" for name in others if getattr(self, name) != defaults[name]]
+        if changed:
+            raise OptionError(f"Under --protocol {self.protocol} there is no {', '.join(changed)}. Leave it out.")
+        return super().open()
+
     def evaluate(self, backbone: Backbone, images: dict[str, ImageSet], setup: Setup) -> EvalReport:
         """One backbone at one size."""
+        if self.protocol == "fungi":
+            return self._uniform(backbone, images, setup)
         from amradio.evals.knn import KnnConfig, run_knn
 
         config = KnnConfig(
@@ -103,6 +101,12 @@ class Knn(TrainAndEval):
             search_dtype=self.search_dtype,
         )
         return run_knn(backbone, images["train"], images["eval"], config, setup)
+
+    def _uniform(self, backbone: Backbone, images: dict[str, ImageSet], setup: Setup) -> EvalReport:
+        from amradio.evals.uniform_knn import UniformKnnConfig, run_uniform_knn
+
+        config = UniformKnnConfig(k=self.k or UniformKnnConfig.k, pca=self.pca, shots=self.shots, classes=self.classes)
+        return run_uniform_knn(backbone, images["train"], images["eval"], config, setup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,7 @@ class Evaluate:
         | Annotated[Linear, tyro.conf.subcommand("linear")]
         | Annotated[ZeroShot, tyro.conf.subcommand("zero-shot")]
         | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
+        | Annotated[RetrievalMap, tyro.conf.subcommand("retrieval-map")]
         | Annotated[Position, tyro.conf.subcommand("position")]
         | Annotated[InContext, tyro.conf.subcommand("in-context")]
         | Annotated[ModeSwitching, tyro.conf.subcommand("mode-switching")]

@@ -93,6 +93,11 @@ class InContext(DenseFungiOptions, SegmentationOptions):
         mode = None if self.mode == "auto" else self.mode
         return in_context_policy(backbone, resolution, mode, self.resize_multiple)
 
+    def amount(self, images: dict[str, Any], backbone: Backbone) -> int:
+        """Training pictures once for each epoch, and once more for FUNGI's support index."""
+        train = len(images["train"]) * self.augmentation_epochs
+        return (0 if self.memory_in else train) + self.support_passes(train) + len(images["eval"])
+
     def evaluate(self, backbone: Backbone, images: dict[str, Any], setup: Setup) -> list[EvalReport]:
         """One backbone at one size, with all memories."""
         from amradio.evals.in_context import SheetOptions, run_in_context

@@ -50,10 +50,12 @@ def attach_caches(config: DistillConfig, pictures: Pictures, teachers: Mapping[s
             "resolution": t.resolution,
             "dtype": t.dtype,
             "targets": [t.summary is not None, t.features is not None],
-            "pictures": pictures.identity,
+            "pictures": pictures.contents,
             "views": config.data.fixed_views,
             "crops": to_json(config.data.crops),
             "decode": config.data.decode,
+            # Draft decoding depends on the largest size that is needed, also on the student's.
+            "decoded_side": config.decoded_side if config.data.decode == "draft" else None,
             "seed": config.seed,
         }
         folder = Path(config.data.cache_dir).expanduser() / name

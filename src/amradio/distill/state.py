@@ -147,7 +147,7 @@ def load_state(folder: Path, machine: Machine) -> dict[str, Any]:
         The state's note.
 
     Raises:
-        CheckpointError: The state is damaged.
+        CheckpointError: The state is damaged, or it is whole and has other tensors than this run.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
@@ -155,6 +155,7 @@ def load_state(folder: Path, machine: Machine) -> dict[str, Any]:
 
     note = read_note(folder)
     state = _state_of(machine)
+    _check_tensors(folder, state)
     try:
         with _alone_is_fine():
             load(state, checkpoint_id=folder, no_dist=machine.group is None)
@@ -167,6 +168,32 @@ def load_state(folder: Path, machine: Machine) -> dict[str, Any]:
     if machine.average is not None:
         machine.average.load(state["average"], int(note["average_steps"]))
     return note
+
+
+def _check_tensors(folder: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a state of other names or shapes: its files are good, and deleting it would lose a training.
+
+    Raises:
+        CheckpointError: The list of tensors cannot be read, or is another one.
+    """
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    try:
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as e:  # whatever a damaged file makes torch stumble over
+        raise CheckpointError(f"{folder} cannot be read: {e}. Delete it to go on from the one before.") from e
+    wanted, _ = flatten_state_dict(dict(state))
+    for name, value in wanted.items():
+        shape = getattr(saved.get(name), "size", None)
+        missing, other = name not in saved, isinstance(value, Tensor) and shape is not None and shape != value.shape
+        if missing or other:
+            found = "is not in it" if missing else f"has the shape {list(shape or ())} in it, not {list(value.shape)}"
+            raise CheckpointError(
+                f"{folder} was saved by another configuration or version: {name} {found}. Its files are not damaged: "
+                "keep it, and go on with the configuration and version that it was saved by, or train into another "
+                "folder."
+            )
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,13 @@ a partition. A run that stops and goes on, or that is spread over another number
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,13 +23,14 @@ from amradio.distill.config import DataConfig, DistillConfig, PartitionConfig, d
 from amradio.distill.crops import View, draw_view, epoch_order
 from amradio.errors import DatasetError, ImageError
 from amradio.images import MAX_PIXELS, WHITE, ImageSet, ImageSource
+from amradio.images.sources import EncodedImage, ImageFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_BROKEN_RUN = 16  # so many broken pictures in a row are no accident
 _LOOK_AHEAD_STEPS = 2
-_ID_SAMPLE = 64
+_CONTENTS_SAMPLE = 256
 _SMALLEST_CROP = 1e-3  # of a side: below that, pictures are decoded in full anyway
 
 
@@ -56,7 +59,7 @@ class Pictures:
         repeats: How often each one's pictures count.
 
     Attributes:
-        identity: A digest that changes with the number and names of pictures, not with their place.
+        identity: A digest of the number, names and order of all pictures; their place does not count.
     """
 
     def __init__(self, sets: Sequence[ImageSet], repeats: Sequence[int]) -> None:
@@ -64,15 +67,60 @@ class Pictures:
         self._ends = np.cumsum([len(s) for s in self._sets])
         if not len(self):
             raise DatasetError("The sources have no pictures.")
-        facts = [(len(s), [s[i].id for i in range(0, len(s), max(1, len(s) // _ID_SAMPLE))]) for s in self._sets]
-        self.identity = digest(facts)
+        self._distinct = list(zip(sets, repeats, strict=True))
+        self.identity = digest([(len(s), n, _names_digest(s)) for s, n in self._distinct])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @cached_property
+    def contents(self) -> str:
+        """A digest of `identity`, the sizes of all picture files, and the contents of some pictures spread evenly.
+
+        It tells other pictures of the same names, which targets that were computed before must not be used for. It does
+        not read all pictures, for that may take longer than the targets.
+        """
+        found = hashlib.sha256(self.identity.encode())
+        for images, _ in self._distinct:
+            step = max(1, len(images) // _CONTENTS_SAMPLE)
+            for i, source in enumerate(images):
+                if isinstance(source, ImageFile):
+                    found.update(_size(source.path))
+                if i % step == 0:
+                    found.update(_content(source))
+        return found.hexdigest()
+
     def __getitem__(self, index: int) -> ImageSource:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self._sets[which][index - (int(self._ends[which - 1]) if which else 0)]
+
+
+def _names_digest(images: ImageSet) -> str:
+    found = hashlib.sha256()
+    for source in images:
+        found.update(source.id.encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()
+
+
+def _size(path: Path) -> bytes:
+    try:
+        return path.stat().st_size.to_bytes(8, "little")
+    except OSError:
+        return b"cannot be read"
+
+
+def _content(source: ImageSource) -> bytes:
+    """A digest of a picture's file, or of its pixels where it has none of its own."""
+    try:
+        if isinstance(source, ImageFile):
+            content = source.path.read_bytes()
+        elif isinstance(source, EncodedImage):
+            content = source.read()
+        else:
+            content = source.decode(max_pixels=MAX_PIXELS, background=WHITE).tobytes()
+    except (ImageError, OSError):
+        return b"cannot be read"
+    return hashlib.sha256(content).digest()
 
 
 def open_pictures(config: DataConfig) -> Pictures:
@@ -277,7 +325,8 @@ class Loader:
 
     def _load(self, view: View, plan: Plan, sizes: Sequence[int]) -> _Loaded:
         # The largest size that any part needs, as if the whole picture were shown; a crop is a part of it.
-        needed = round(max((plan.size, *sizes)) / max(view.smallest_side, _SMALLEST_CROP))
+        side = self.planner.config.decoded_side or max((plan.size, *sizes))
+        needed = round(side / max(view.smallest_side, _SMALLEST_CROP))
         at_least = (needed, needed) if self.config.decode == "draft" else None
         found = [self._decode(i, at_least) for i in view.indices]
         pictures = [image for image, _, _ in found]

@@ -74,25 +74,28 @@ class TargetCache:
         return Targets(*found)
 
     def write(self, slots: Sequence[int], targets: Targets) -> Targets:
-        """Store targets.
+        """Store targets of views that have none yet; those that are there stay as they are.
+
+        A target may be computed twice, in batches of other pictures, and then differ in the last bit. What was stored
+        first is what every run sees, so that one that was stopped goes on as if it had not been.
 
         Args:
             slots: Of the views.
             targets: What the teacher said of each.
 
         Returns:
-            What `read` will give.
+            What `read` gives, on the device of the targets.
         """
-        stored = []
+        new = [i for i, slot in enumerate(slots) if not self._filled[slot]]
+        rows = [slots[i] for i in new]
         for name, values in zip(Targets._fields, targets, strict=True):
-            half = None if values is None else values.half()
-            if half is not None:
-                array = self._open(name, tuple(half.shape[1:]))
+            if values is not None:
+                array = self._open(name, tuple(values.shape[1:]))
                 assert array is not None  # it has just been made
-                array[list(slots)] = half.cpu().numpy()
-            stored.append(None if half is None or values is None else half.to(values.dtype))
-        self._filled[list(slots)] = 1  # last, so that what is flagged is there
-        return Targets(*stored)
+                array[rows] = values[new].half().cpu().numpy()
+        self._filled[rows] = 1  # last, so that what is flagged is there
+        stored = self.read(slots)
+        return Targets(*(None if v is None or s is None else s.to(v) for v, s in zip(targets, stored, strict=True)))
 
     def flush(self) -> None:
         """Write to disk what is only in memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 
+from amradio.backbones.adapter import Adapter
 from amradio.backbones.protocol import Backbone, HasIdentity
 from amradio.errors import DatasetError, OptionError
 from amradio.evals.report import EvalReport, Metric
 from amradio.features.collect import Failure, FeatureTable, collect
-from amradio.features.manifest import weights_digest
+from amradio.features.manifest import describe_model, weights_digest
 from amradio.features.runner import ExtractOptions, FeatureRecord
+from amradio.fungi.wrapper import Wrapper, public_settings
 from amradio.images.resize import ResizeMode, ResizePolicy
 from amradio.models.view import RadioView
 
@@ -204,6 +207,9 @@ class Measurement:
         options, policy = self.setup.options, self.setup.policy
         resize = {"mode": policy.mode, "size": list(policy.size), "multiple": policy.multiple}
         own = dataclasses.asdict(cast(Any, config))
+        gradients = fungi_record(self.backbone)
+        if gradients is not None:
+            own["fungi"] = gradients
         return EvalReport(
             task=task,
             protocol=protocol,
@@ -238,6 +244,24 @@ def model_record(backbone: Backbone) -> dict[str, Any]:
         "embed_dim": backbone.embed_dim,
         "min_resolution_step": backbone.min_resolution_step,
     }
+
+
+def fungi_record(backbone: Backbone) -> dict[str, Any] | None:
+    """With which settings gradients were put beside features, as JSON can hold it; None if there are none."""
+    return json.loads(json.dumps(backbone.record)) if isinstance(backbone, Wrapper) else None
+
+
+def built_record(backbone: Backbone) -> dict[str, Any]:
+    """How a backbone was built: configuration, windows, interpolation of positions, precision, digest of its weights.
+
+    Two backbones of one file can differ in all but the last. Of a wrapper that of the backbone inside is returned; see
+    `fungi_record` for what it adds.
+    """
+    inner: Any = backbone
+    while isinstance(getattr(inner, "base", None), Backbone):
+        inner = inner.base
+    options = public_settings(inner) if isinstance(inner, Adapter) else {}
+    return {**describe_model(inner), **({"options": options} if options else {})}
 
 
 def dataset_record(images: ImageSet, failures: Sequence[Failure]) -> dict[str, Any]:

@@ -8,17 +8,144 @@ all rows have one length, so the distance ranks as the mean of the blocks' cosin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amradio.backbones.protocol import Backbone
 from amradio.errors import OptionError
+from amradio.evals.classification import ClassificationTally, confusion_detail
+from amradio.evals.report import EvalReport, Metric
+from amradio.evals.runner import ClassRule, Measurement, Setup, check_pair, labels_of, policy_for
+from amradio.fungi.image import FungiWrapper
 from amradio.fungi.pca import Pca, can_reduce
 from amradio.search import Neighbours, top_k
 
+if TYPE_CHECKING:
+    from amradio.images.dataset import ImageSet
+
 _GATHERED_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformKnnConfig:
+    """How to classify by neighbours with equal votes.
+
+    Attributes:
+        k: Numbers of neighbours; all come from one search. The first one gives ``top1`` and the like, a further one
+            ``top1_k10`` and so on.
+        pca: Components that features are reduced to; None: they are not. See `reduce`.
+        shots: The first pictures of each class, in the order of the train set, are the database; None takes all.
+        classes: How the classes of the two sets must agree.
+    """
+
+    k: tuple[int, ...] = (20,)
+    pca: int | None = None
+    shots: int | None = None
+    classes: ClassRule = "same"
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1 or len(set(self.k)) != len(self.k):
+            raise OptionError(f"k must be one or several different numbers of at least 1, got {list(self.k)}.")
+        for name in ("pca", "shots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, got {value}.")
+
+
+def run_uniform_knn(
+    backbone: Backbone,
+    train: ImageSet,
+    evaluation: ImageSet,
+    config: UniformKnnConfig | None = None,
+    setup: Setup | None = None,
+) -> EvalReport:
+    """Evaluate a backbone as FUNGI's numbers are made.
+
+    Under a group the processes share out the pictures; each then classifies all of them.
+
+    Args:
+        backbone: Its summaries are what is evaluated; those of a `amradio.fungi.FungiWrapper` are taken block by block.
+        train: The labelled pictures that form the database.
+        evaluation: The pictures to classify.
+        config: The protocol's options.
+        setup: Size of the pictures, device, processes.
+
+    Returns:
+        The report, on every process: ``top1`` and ``mean_per_class`` in percent; for two classes ``auc``.
+
+    Raises:
+        DatasetError: Labels are missing, the classes of the sets do not agree, or no picture worked.
+        OptionError: k is larger than the database.
+    """
+    config = config or UniformKnnConfig()
+    setup = setup or Setup(policy_for(backbone))
+    pair = check_pair(train, evaluation, config.classes)
+    evaluation, num_classes = pair.evaluation, pair.num_classes
+    if config.shots is not None:
+        train = train.select(first_per_class(torch.from_numpy(labels_of(train).copy()), config.shots).numpy())
+    measurement = Measurement(backbone, setup)
+    measurement.notes += pair.notes
+    queries, database = measurement.features("eval", evaluation), measurement.features("train", train)
+    if max(config.k) > len(database):
+        raise OptionError(f"k is {max(config.k)}, and the database has only {len(database)} pictures.")
+    labels = torch.from_numpy(labels_of(train).copy())[database.positions]  # [N]
+    targets = torch.from_numpy(labels_of(evaluation).copy())[queries.positions]  # [Q]
+    with measurement.stage("pca"):
+        rows, asked = (unit_summaries(backbone, table.summaries["backbone"]) for table in (database, queries))
+        reduced = reduce(rows, asked, config.pca)
+    if config.pca is not None and reduced.pca is None:
+        measurement.notes.append(
+            f"No PCA was applied: {config.pca} components are not fewer than {len(rows)} pictures and {rows.shape[1]} "
+            "features."
+        )
+    with measurement.stage("search"):
+        found = nearest(reduced.train.to(setup.options.device), reduced.test.to(setup.options.device), max(config.k))
+    metrics: dict[str, Metric] = {}
+    tally = ClassificationTally(num_classes)
+    for i, k in enumerate(config.k):
+        several = Neighbours(found.scores[:, :k].cpu(), found.indices[:, :k].cpu())
+        shares = class_shares(several, labels, num_classes)  # [Q, C]
+        end = "" if i == 0 else f"_k{k}"
+        metrics |= {f"{name}{end}": value for name, value in _metrics(shares, targets, num_classes).items()}
+        if i == 0:
+            tally.update(shares, targets)
+    return measurement.report(
+        task="knn",
+        protocol=_words(config, reduced.pca is not None),
+        config=config,
+        metrics=metrics,
+        per_class=tally.per_class(evaluation.class_names),
+        details={"confusion": {"k": config.k[0], **confusion_detail(tally, evaluation.class_names)}},
+    )
+
+
+def unit_summaries(backbone: Backbone, summaries: Tensor) -> Tensor:
+    """Summaries [N, C] as blocks of length 1: those with gradients are such already, others are one block."""
+    return summaries.float() if isinstance(backbone, FungiWrapper) else unit_blocks([summaries])
+
+
+def _words(config: UniformKnnConfig, is_reduced: bool) -> str:
+    pca = f", PCA to {config.pca} components fitted on the database" if is_reduced else ""
+    database = "the whole train set" if config.shots is None else f"the first {config.shots} pictures of each class"
+    return (
+        f"k-NN with equal votes by Euclidean distance, on blocks of length 1 side by side{pca}; database: {database}; "
+        "protocol fungi"
+    )
+
+
+def _metrics(shares: Tensor, targets: Tensor, num_classes: int) -> dict[str, Metric]:
+    predictions = shares.argmax(1)
+    found = {
+        "top1": Metric(100 * accuracy(predictions, targets), "%"),
+        "mean_per_class": Metric(100 * mean_class_accuracy(predictions, targets), "%"),
+    }
+    if num_classes == 2 and len(targets.unique()) == 2:
+        found["auc"] = Metric(100 * binary_auc(shares[:, 1], targets), "%")
+    return found
 
 
 class Reduced(NamedTuple):

@@ -11,7 +11,7 @@ Simoncini et al. 2024 (arXiv 2407.10964), section 4.4; the settings of the publi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -33,7 +33,7 @@ from amradio.fungi.projections import (
 )
 from amradio.fungi.support import Negatives, SupportIndex
 from amradio.fungi.tail import Split, make_splitter
-from amradio.fungi.wrapper import Wrapper
+from amradio.fungi.wrapper import Wrapper, settings_of, tensor_digest
 from amradio.models.output import RadioOutput, arrange, check_feature_fmt
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ class DenseFungiBackbone(Wrapper):
         self.head = head or Head.random(width, self.config.latent_dim, torch.Generator().manual_seed(self.config.seed))
         if self.head.weight.shape[1] != width:
             raise OptionError(f"The head takes {self.head.weight.shape[1]} features, and the backbone has {width}.")
+        self._own_projection = projection is None
         self.projection = projection or make_projection(
             self.config.projection, self._split.shape, self.config.projection_dim or width, self.config.seed + 1
         )
@@ -218,6 +219,23 @@ class DenseFungiBackbone(Wrapper):
     def description(self) -> str:
         """What was added, in a few words for reports."""
         return f"dense FUNGI ({self.config.projection}, {self.config.negatives}, {self.config.denominator})"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """See `amradio.fungi.wrapper.Wrapper.record`: settings, layer, and digests of support rows, head and PCA."""
+        pca = self.pca
+        return {
+            "kind": "dense",
+            **asdict(self.config),
+            "layer": self.layer,
+            "epoch": self.epoch,
+            "embed_dim": self.embed_dim,
+            "head": tensor_digest(self.head.weight, self.head.bias),
+            # One that was made from the settings follows from them; at full width its digest would take seconds.
+            "given_projection": None if self._own_projection else settings_of(self.projection),
+            "support": None if self.support is None else self.support.record,
+            "pca": None if pca is None else {"dim": pca.dim, "sha256": tensor_digest(pca.mean, pca.components)},
+        }
 
     def set_support(self, support: SupportIndex) -> None:
         """Say where negatives come from.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from amradio.fungi.hashing import picture_seed
 from amradio.fungi.objectives import FittedObjective, Objective, Preset, make_objective
 from amradio.fungi.projections import ExactKernel, Projection, check_projection, make_projection, unit
 from amradio.fungi.tail import make_splitter
-from amradio.fungi.wrapper import Wrapper
+from amradio.fungi.wrapper import Wrapper, settings_of
 from amradio.models.output import RadioOutput
 
 _WORKERS = 8
@@ -126,6 +126,7 @@ class FungiWrapper(Wrapper):
             self.objectives[objective.name] = objective
         if not self.objectives:
             raise OptionError("FungiWrapper needs at least one objective.")
+        self._own_projection = projection is None
         self.projection = projection or make_projection(
             self.config.projection, self._split.shape, self.config.projection_dim or width, self.config.seed + 1
         )
@@ -151,6 +152,20 @@ class FungiWrapper(Wrapper):
     def description(self) -> str:
         """What was added, in a few words for reports."""
         return f"FUNGI ({', '.join(self.objectives)}; {self.config.preset}, {self.config.projection})"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """See `amradio.fungi.wrapper.Wrapper.record`: settings, layer, each objective with what it was fitted to."""
+        settings = asdict(self.config)
+        del settings["view_batch"]  # of speed only
+        return {
+            "kind": "image",
+            **settings,
+            "layer": self.layer,
+            "summary_dim": self.summary_dim,
+            "objectives": {name: settings_of(objective) for name, objective in self.objectives.items()},
+            "given_projection": None if self._own_projection else settings_of(self.projection),
+        }
 
     def fit(self, data: Iterable[Any]) -> FungiWrapper:
         """Let the objectives that need it see some pictures: SimCLR its negatives, DeepCluster its clusters.

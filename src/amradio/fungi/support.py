@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from amradio.errors import OptionError
+from amradio.fungi.wrapper import tensor_digest
 from amradio.search import Neighbours, top_k
 
 Negatives = Literal["neighbours", "interleaved"]
@@ -28,6 +30,7 @@ class SupportIndex:
         search: Finds the rows nearest to queries by inner product; None: the exact search.
         neighbours: How many neighbours the original's index is asked for, whatever number of negatives is used. It
             matters to ``interleaved`` negatives, which mix all of them.
+        search_name: What `search` is, for records.
 
     Raises:
         OptionError: There are fewer rows than neighbours.
@@ -36,6 +39,7 @@ class SupportIndex:
     rows: Tensor
     search: Search | None = None
     neighbours: int = PUBLISHED_NEIGHBOURS
+    search_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2:
@@ -49,6 +53,17 @@ class SupportIndex:
     def dim(self) -> int:
         """D."""
         return self.rows.shape[1]
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Number, width and digest of the rows, and how they are searched, as JSON can hold it."""
+        named = self.search_name or getattr(self.search, "__qualname__", type(self.search).__qualname__)
+        return {
+            "rows": len(self.rows),
+            "sha256": tensor_digest(self.rows),
+            "search": "exact" if self.search is None else named,
+            "neighbours": self.neighbours,
+        }
 
     def find(self, queries: Tensor, k: int) -> Neighbours:
         """The k nearest rows of queries [Q, D] of any length."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from amradio.backbones.protocol import Backbone
 from amradio.errors import CapabilityError
@@ -78,6 +80,43 @@ class Wrapper(nn.Module):
         """What was added, in a few words for reports."""
         raise NotImplementedError
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Everything that was added to the backbone inside and that features depend on, as JSON can hold it.
+
+        Evaluations put it into their reports, and compare it before features that were kept are used again.
+        """
+        raise NotImplementedError
+
     def get_nearest_supported_resolution(self, height: int, width: int) -> Resolution:
         """Round a size in pixels to the nearest (height, width) that the backbone accepts."""
         return self._inner.get_nearest_supported_resolution(height, width)
+
+
+def tensor_digest(*tensors: Tensor) -> str:
+    """SHA-256, in hexadecimal, of the dtypes, shapes and contents of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def public_settings(part: object) -> dict[str, Any]:
+    """The public numbers and words, and lists of these, that an object holds."""
+    found: dict[str, Any] = {}
+    for name, value in vars(part).items():
+        several = list(value) if isinstance(value, (tuple, list)) else [value]
+        plain = all(v is None or isinstance(v, (bool, int, float, str)) for v in several)
+        if plain and not name.startswith("_") and name != "training":
+            found[name] = several if isinstance(value, (tuple, list)) else value
+    return found
+
+
+def settings_of(part: object) -> dict[str, Any]:
+    """The kind of a part (an objective, a projection), its `public_settings`, and a digest of its tensors."""
+    state = sorted(part.state_dict().items()) if isinstance(part, nn.Module) else []
+    listed = [v for value in vars(part).values() if isinstance(value, (tuple, list)) for v in value]
+    tensors = [v for v in (*(t for _, t in state), *listed) if isinstance(v, Tensor)]
+    digest = {"sha256": tensor_digest(*tensors)} if tensors else {}
+    return {"kind": type(part).__qualname__, **public_settings(part), **digest}

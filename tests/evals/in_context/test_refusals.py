@@ -191,7 +191,7 @@ def test_memories_of_other_runs(backbone: Any, sets: Any, replaced: Any, tmp_pat
     run(backbone, sets, replaced(PLAIN, memory_sizes=(35,)), memory_out=path)
     with pytest.raises(OptionError, match=r"was made in another way: .*seed is 0 in the file and 1 now"):
         run(backbone, sets, replaced(PLAIN, memory_sizes=(35,), seed=1), memory_in=path)
-    with pytest.raises(OptionError, match="resize is"):
+    with pytest.raises(OptionError, match=r"resize\.size is \[16, 24\] in the file and \[16, 16\] now"):
         run(backbone, sets, replaced(PLAIN, memory_sizes=(35,)), (16, 16), memory_in=path)
     with pytest.raises(OptionError, match="holds 5 patches of each picture, and 10 patches of each picture were asked"):
         run(backbone, sets, replaced(PLAIN, memory_sizes=(70,)), memory_in=path)
@@ -218,6 +218,7 @@ def test_streams_of_random_numbers_have_conditions(backbone: Any, sets: Any, rep
         ({"storage": "int8"}, "storage must be one of"),
         ({"augmentation": "none", "augmentation_epochs": 2}, "would put the same patches into the memory"),
         ({"stream_batch": 0}, "stream_batch must be at least 1"),
+        ({"stream_batch": 5}, "Under the protocol clean no result depends on a batch size"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], words: str) -> None:

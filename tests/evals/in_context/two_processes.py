@@ -55,7 +55,11 @@ def measure(folder: Path, group: Any) -> dict[str, Any]:
     for name, sizes in (("clean", (56, None)), ("hbird-2.0", (60,)), ("fungi-paper", (60,))):
         backbone = Colours()
         config = InContextConfig(
-            protocol=get_protocol(name), k=5, memory_sizes=sizes, augmentation_epochs=2, stream_batch=3
+            protocol=get_protocol(name),
+            k=5,
+            memory_sizes=sizes,
+            augmentation_epochs=2,
+            stream_batch=None if name == "clean" else 3,
         )
         setup = Setup(in_context_policy(backbone), ExtractOptions(batch_size=2), group)
         sheets: list[str] = []

@@ -80,6 +80,18 @@ class DistillConfig:
         return tuple(t for t in self.teachers if partition.teachers is None or t.name in partition.teachers)
 
     @property
+    def decoded_side(self) -> int | None:
+        """The side in pixels that pictures are decoded for where targets are cached: the largest that any part sees.
+
+        What a view looks like then depends neither on which targets are there already nor on which partition asks
+        first. None where nothing is cached: each plan then decodes for what it needs.
+        """
+        if self.data.cache_dir is None:
+            return None
+        sides = [side for p in self.partitions for side in p.sizes]
+        return max(*sides, *(t.resolution for t in self.teachers if t.resolution is not None))
+
+    @property
     def identity(self) -> dict[str, str]:
         """A digest of each part that a saved state depends on, by name; a state is resumed only if all are equal."""
         run = {
@@ -90,14 +102,16 @@ class DistillConfig:
         data = {k: v for k, v in to_json(self.data).items() if k not in elsewhere}
         teachers = [dataclasses.replace(t, shape=None, licence=None) for t in self.teachers]
         student = dataclasses.replace(self.student, checkpointing=False, compile=False)
-        optimizer = {"kind": self.optimizer.kind}
+        # What the optimiser's own memory was built under; the rate, its bound and the schedule may change on the way.
+        optimizer = to_json(self.optimizer)
+        fixed = ("kind", "betas", "eps", "weight_decay", "layer_decay")
         parts = {
             "seed": self.seed,
             "data": data,
             "student": to_json(student),
             "teachers": [to_json(t) for t in teachers],
             "partitions": [to_json(p) for p in self.partitions],
-            "optimizer.kind": optimizer,
+            **{f"optimizer.{name}": optimizer[name] for name in fixed},
             "run": run,
         }
         return {name: digest(part) for name, part in parts.items()}

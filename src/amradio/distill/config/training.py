@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,6 +61,16 @@ class OptimizerConfig:
     layer_decay: float | None = None
     clip: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        _check("optimizer.lr", self.lr, "above 0", self.lr > 0)
+        _check("optimizer.betas", list(self.betas), "at least 0 and below 1", all(0 <= b < 1 for b in self.betas))
+        _check("optimizer.eps", self.eps, "above 0", self.eps > 0)
+        _check("optimizer.weight_decay", self.weight_decay, "at least 0", self.weight_decay >= 0)
+        if self.layer_decay is not None:
+            _check("optimizer.layer_decay", self.layer_decay, "above 0 and at most 1", 0 < self.layer_decay <= 1)
+        if self.clip is not None:
+            _check("optimizer.clip", self.clip, "above 0 (or null: no bound)", self.clip > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -80,6 +91,7 @@ class ScheduleConfig:
             raise ConfigError(
                 f"A schedule needs at least 1 step and a warm-up within it, got {self.steps} and {self.warmup}."
             )
+        _check("schedule.floor", self.floor, "a share from 0 to 1", 0 <= self.floor <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +136,9 @@ class RunConfig:
         for name in ("accumulate", "statistics", "keep", "log_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name} must be at least 1, got {getattr(self, name)}.")
+        _check("run.checkpoint_minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0)
+        if self.checkpoint_steps is not None:
+            _check("run.checkpoint_steps", self.checkpoint_steps, "at least 1", self.checkpoint_steps >= 1)
         if self.state_file_mib is not None and not self.state_file_mib >= 0.1:
             raise ConfigError(f"run.state_file_mib must be at least 0.1, got {self.state_file_mib}.")
         if not 0 <= self.teacher_dropping < 1 or self.shift < 0:
@@ -148,3 +163,10 @@ class HookConfig:
     name: str | None = None
     every: int
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _check(name: str, value: object, wanted: str, fits: bool) -> None:
+    """Refuse a number that is out of its range or no number at all (NaN and infinity are not)."""
+    numbers = value if isinstance(value, list) else [value]
+    if not fits or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        raise ConfigError(f"{name} must be {wanted}, got {value}.")

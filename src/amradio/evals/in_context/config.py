@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,6 +71,11 @@ class InContextConfig:
                 raise OptionError(f"{name} must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
         if self.stream_batch is not None and self.stream_batch < 1:
             raise OptionError(f"stream_batch must be at least 1, got {self.stream_batch}.")
+        if self.stream_batch is not None and not self.protocol.is_stream:
+            raise OptionError(
+                f"Under the protocol {self.protocol.name} no result depends on a batch size, so there is no "
+                "stream_batch to choose. Leave it out, or choose hbird-2.0 or fungi-paper."
+            )
         if self.augmentation == "none" and self.augmentation_epochs > 1:
             raise OptionError(
                 f"{self.augmentation_epochs} epochs without augmentation would put the same patches into the memory "
@@ -81,6 +86,11 @@ class InContextConfig:
                 f"Under the protocol {self.protocol.name} a memory of all patches and one of limited size draw "
                 "different random numbers, so they cannot share a run. Evaluate them one after the other."
             )
+
+    @property
+    def used_protocol(self) -> InContextProtocol:
+        """The protocol with the batch size that was chosen."""
+        return self.protocol if self.stream_batch is None else replace(self.protocol, stream_batch=self.stream_batch)
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -87,7 +87,7 @@ class StreamDraws:
     def __init__(self, train: SegmentationSet, config: InContextConfig) -> None:
         self._count = len(train)
         self._config = config
-        self._batch = config.stream_batch or config.protocol.stream_batch
+        self._batch = config.used_protocol.stream_batch
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def order(self, epoch: int) -> list[int]:

@@ -38,7 +38,15 @@ from amradio.evals.in_context.score import Memory, Scorer, check_search, describ
 from amradio.evals.in_context.sheets import Sheet, SheetMaker, SheetOptions
 from amradio.evals.in_context.store import check_same, load_memory, save_memory
 from amradio.evals.report import EvalReport
-from amradio.evals.runner import Measurement, Setup, model_record, policy_for
+from amradio.evals.runner import (
+    Measurement,
+    Setup,
+    built_record,
+    fungi_record,
+    model_record,
+    options_record,
+    policy_for,
+)
 from amradio.evals.streaming import own_part
 from amradio.features.collect import Failure
 from amradio.features.partition import check_same_set
@@ -151,8 +159,8 @@ def build_memory(
         ResolutionError: The backbone does not take pictures of this size.
     """
     run = _Run(backbone, train, train, config or InContextConfig(), setup or Setup(in_context_policy(backbone)))
-    memories = run.sized(run.memory(None))
-    return max((memory.bank for memory in memories), key=len)
+    bank = run.memory(None)
+    return max((run.limited(bank, size) for size in run.config.memory_sizes), key=len)
 
 
 class _Run:
@@ -231,16 +239,21 @@ class _Run:
         """The memories that were asked for, ready to be searched."""
         memories = []
         for size in self.config.memory_sizes:
-            found = bank
-            if size is not None:
-                share = self._share(size)
-                found = bank.limited(share)
-                if self.config.protocol.spare_rows == "zeros" and (self.patches is None or share <= self.patches):
-                    found = found.padded(size)
-            check_k(self.config.k, len(found))
+            found = self.limited(bank, size)
             with self.stage("index"):
                 memories.append(Memory(size, found, self.config, self.similarity, self.setup.options.device))
         return memories
+
+    def limited(self, bank: MemoryBank, size: int | None) -> MemoryBank:
+        """The part of the largest memory that is one of a size."""
+        found = bank
+        if size is not None:
+            share = self._share(size)
+            found = bank.limited(share)
+            if self.config.protocol.spare_rows == "zeros" and (self.patches is None or share <= self.patches):
+                found = found.padded(size)
+        check_k(self.config.k, len(found))
+        return found
 
     def reports(
         self, memories: list[Memory], sheets: SheetOptions | None, on_sheet: Callable[[Sheet], None] | None
@@ -293,7 +306,7 @@ class _Run:
         return (
             f"in-context segmentation: the {config.k} nearest patches of the memory vote with softmax(cosine / "
             f"{config.temperature:g}); memory of {size} of {len(self.train)} pictures{epochs}, {how}; search "
-            f"{describe_search(config)}; scored at {at}; protocol {config.protocol}"
+            f"{describe_search(config)}; scored at {at}; protocol {config.used_protocol}"
         )
 
     def _patches(self) -> int | None:
@@ -312,8 +325,11 @@ class _Run:
         shares = [None if size is None else self._share(size) for size in config.memory_sizes]
         numbers = [share for share in shares if share is not None]
         return {
-            "protocol": dataclasses.asdict(config.protocol),
+            "protocol": dataclasses.asdict(config.used_protocol),
             "model": {key: model.get(key) for key in ("name", "adaptor", "source", "sha256", "sha256_of_weights")},
+            "built": built_record(self.backbone),
+            "fungi": fungi_record(self.backbone),
+            "options": options_record(self.setup.options),
             "layer": config.layer,
             "layer_norm": config.layer_norm,
             "embed_dim": self.backbone.embed_dim,
@@ -325,7 +341,6 @@ class _Run:
             "augmentation": config.augmentation,
             "augmentation_epochs": config.augmentation_epochs,
             "seed": config.seed,
-            "stream_batch": config.stream_batch,
             "storage": config.storage,
             "per_picture": max(numbers) if len(numbers) == len(shares) else None,
             "ranked": config.limited or not config.protocol.is_stream,
