@@ -250,7 +250,7 @@ class _Parts:
                         elem_id="strict",
                     )
                     self._gradients = gr.Checkbox(
-                        label="FUNGI", info="Gradients beside the features: slower; helps some models, not all.", elem_id="fungi"
+                        label="FUNGI", info="Gradients beside the features: slow, helps some models.", elem_id="fungi"
                     )
                 self._segment_output = self._outputs("segment-output")
                 with gr.Row():
