@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from amradio.evals.report import EvalReport
     from amradio.evals.runner import Setup
     from amradio.images.resize import ResizePolicy
+
+_STEPS_SHOWN = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +77,18 @@ class LinearSeg(SegmentationOptions):
         """One backbone at one size."""
         from amradio.evals.linear_seg import run_linear_seg
 
+        config = self._config()
         return run_linear_seg(
             backbone,
             images["train"],
             images["eval"],
-            self._config(),
+            config,
             setup,
             head_in=self.head_in,
             head_out=self.head_out,
             cache=self.cache,
             checkpoint=self.checkpoint,
+            on_step=None if self.json or not setup.is_main else _Steps(config.resolved().iterations),
         )
 
     def check(self) -> None:
@@ -94,6 +100,16 @@ class LinearSeg(SegmentationOptions):
                 "A head belongs to one model at one resolution: --head-out, --head-in and --checkpoint take one "
                 "--model and one --resolution."
             )
+        fitting = ("iterations", "lr", "train_batch", "head_out", "cache", "checkpoint")
+        if self.head_in is not None and (given := [name for name in fitting if getattr(self, name) is not None]):
+            raise OptionError(
+                f"--head-in takes a head that is fitted already, so --{given[0].replace('_', '-')} has nothing to do."
+            )
+        for name, is_folder in (("head_out", False), ("checkpoint", False), ("cache", True)):
+            path = getattr(self, name)
+            if path is not None and path.exists() and path.is_dir() != is_folder:
+                what = "a file, and a folder is needed" if is_folder else "a folder; name a file"
+                raise OptionError(f"--{name.replace('_', '-')} {path} is {what}.")
         if self.checkpoint is not None and config.protocol.solver == "ridge":
             raise OptionError("--checkpoint keeps the state of a training; ridge is solved in one pass.")
         if self.cache is not None and (config.protocol.augmentation is not None or config.protocol.solver == "ridge"):
@@ -122,3 +138,25 @@ class LinearSeg(SegmentationOptions):
                 print(words)
             print()
         super()._print(reports)
+
+
+class _Steps:
+    """Says now and then how far a training is; a callable for each step.
+
+    Args:
+        total: Steps of the training.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._start, self._first = total, time.monotonic(), -1
+
+    def __call__(self, step: int, loss: float) -> None:
+        if self._first < 0:
+            self._first, self._start = step, time.monotonic()
+        done = step + 1
+        if done % _STEPS_SHOWN or done == self._total:
+            return
+        from tqdm import tqdm
+
+        left = (time.monotonic() - self._start) / max(step - self._first, 1) * (self._total - done)
+        tqdm.write(f"step {done} of {self._total}, loss {loss:.4f}, {left / 60:.0f} min left", file=sys.stderr)

@@ -120,8 +120,8 @@ def test_two_processes_train_the_head_of_one() -> None:
 
 def test_the_published_learning_rates() -> None:
     radio = get_protocol("radio")
-    assert learning_rate(0, radio) == pytest.approx(1e-6)
-    assert learning_rate(750, radio) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert learning_rate(0, radio) == pytest.approx(1e-9)
+    assert learning_rate(750, radio) == pytest.approx(5e-4, rel=1e-5)
     assert learning_rate(1500, radio) == pytest.approx(1e-3)
     assert learning_rate(1500 + 78_500 // 2, radio) == pytest.approx(5e-4)
     assert learning_rate(79_999, radio) == pytest.approx(1e-3 / 78_500)

@@ -56,3 +56,8 @@ def test_a_feature_that_never_changes_does_no_harm() -> None:
     found = fit_ridge(sums(features, counts), RidgeSums(5, 3), (1e-6,))
     assert found.head(features).isfinite().all()
     assert found.errors == ()
+
+
+def test_without_held_out_patches_the_strength_is_no_weak_one() -> None:
+    found = fit_ridge(sums(*patches(12, 1), 1), RidgeSums(5, 3), (1e-6, 1e-4, 2e-2, 10.0))
+    assert (found.strength, found.errors) == (2e-2, ())

@@ -116,6 +116,13 @@ def test_a_head_is_kept(backbone: Any, make_set: Sets, tmp_path: Path) -> None:
     again = run_linear_seg(backbone, train, val, config, setup(backbone), head_in=path)
     assert miou(again) == miou(report)
     assert backbone.seen == seen + 4
+    sliding = LinearSegConfig(protocol=CROPS)
+    other = run_linear_seg(backbone, train, val, sliding, setup(backbone, (32,)), head_in=path)
+    assert "probe, ridge: ridge regression" in other.protocol
+    assert "AdamW" not in other.protocol
+    assert "; sliding windows;" in other.protocol
+    assert other.details["head_about"]["protocol"]["solver"] == "ridge"
+    assert any("fitted at another size: resize.size is [24] in the file and [32] now" in n for n in other.notes)
     other = make_set("other", 2, 5)
     other.class_names = ("red", "green", "violet")
     more = make_set("more", 2, 6)
@@ -172,7 +179,9 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     assert same_tensors(tmp_path / "done.safetensors", tmp_path / "whole.safetensors")
 
     config = dataclasses.replace(config, seed=1)
-    with pytest.raises(OptionError, match=r"belongs to another training: seed is not the same\. Name another file"):
+    with pytest.raises(
+        OptionError, match=r"belongs to another training: seed is 0 in the file and 1 now\. Name another"
+    ):
         probe("never", checkpoint=state)
     state.write_text("hello")
     with pytest.raises(OptionError, match="cannot be read as the state of a training"):
@@ -209,6 +218,39 @@ def test_what_cannot_be_measured_is_refused(backbone: Any, make_set: Sets, tmp_p
         Image.new("L", (32, 24), 255).save(path)
     with pytest.raises(DatasetError, match="are void, so there is nothing to learn from"):
         run_linear_seg(backbone, train, val, ridge, setup(backbone))
+
+
+def test_a_few_pictures_choose_the_regularisation_too(backbone: Any, make_set: Sets) -> None:
+    config = LinearSegConfig(protocol=get_protocol("ridge"))
+    val = make_set("val", 2, 1)
+    few = run_linear_seg(backbone, make_set("few", 4, 0), val, config, setup(backbone))
+    assert len(few.details["held_out_error"]) == len(config.ridge)
+    one = run_linear_seg(backbone, make_set("one", 1, 0), val, config, setup(backbone))
+    assert one.details["ridge"] == 1e-2
+    assert any("No picture could be held out" in note for note in one.notes)
+
+
+def test_trainings_that_fail_are_no_result(backbone: Any, make_set: Sets, tmp_path: Path) -> None:
+    class Loud(type(backbone)):  # type: ignore[misc]
+        def forward(self, images: Tensor, feature_fmt: str = "NLC") -> Any:
+            found = super().forward(images, feature_fmt)
+            return found._replace(features=found.features * 1e6)
+
+    train, val = make_set("train", 4, 0), make_set("val", 2, 1)
+    with pytest.raises(OptionError, match=r"as large as .*e\+0.*, and half precision, .* ends at 65504"):
+        run_linear_seg(Loud(), train, val, LinearSegConfig(protocol=QUICK), setup(backbone))
+    state = tmp_path / "state"
+    config = LinearSegConfig(protocol=CROPS, lr=1e38)
+    with pytest.raises(OptionError, match=r"The loss is .* at step \d+, so the training has failed\. Choose a lower"):
+        run_linear_seg(backbone, train, val, config, setup(backbone), checkpoint=state)
+
+
+def test_kept_features_belong_to_a_precision(backbone: Any, make_set: Sets, tmp_path: Path) -> None:
+    train, val = make_set("train", 4, 0), make_set("val", 2, 1)
+    config, cache = LinearSegConfig(protocol=dataclasses.replace(QUICK, iterations=5)), tmp_path / "cache"
+    run_linear_seg(backbone, train, val, config, setup(backbone, autocast=torch.bfloat16), cache=cache)
+    again = run_linear_seg(backbone, train, val, config, setup(backbone), cache=cache)
+    assert not any("were read from" in note for note in again.notes)
 
 
 def test_features_that_are_not_finite(make_set: Sets, backbone: Any) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from amradio.errors import OptionError
+from amradio.evals.differences import differences
 from amradio.evals.in_context.memory import MemoryBank
 from amradio.weights.files import atomic_file
 
 FORMAT = "amradio in-context memory 2"
 _KEY = "amradio"
 _TENSORS = tuple(f.name for f in dataclasses.fields(MemoryBank) if f.name != "about")
-_MOST_SHOWN = 80  # letters of a value in a message
 _ROWS = ("features", "counts", "item", "patch", "rank")
 
 
@@ -82,26 +82,12 @@ def check_same(bank: MemoryBank, wanted: Mapping[str, Any], path: str | os.PathL
         OptionError: The message lists what differs.
     """
     plain = json.loads(json.dumps(wanted))
-    different = [words for name, value in plain.items() for words in _differences(name, bank.about.get(name), value)]
+    different = [words for name, value in plain.items() for words in differences(name, bank.about.get(name), value)]
     if different:
         raise OptionError(
             f"The memory {os.fspath(path)} was made in another way: {'; '.join(different)}. Make a new one, or use the "
             "options that it was made with."
         )
-
-
-def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
-    """What differs, by dotted name."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key in {**found, **wanted}:
-            yield from _differences(f"{name}.{key}", found.get(key), wanted.get(key))
-    elif found != wanted:
-        yield f"{name} is {_short(found)} in the file and {_short(wanted)} now"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _check(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

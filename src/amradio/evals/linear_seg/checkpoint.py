@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from amradio.errors import OptionError
+from amradio.evals.differences import differences
 from amradio.weights.files import atomic_file
 
 if TYPE_CHECKING:
@@ -100,10 +101,9 @@ class Checkpoint:
                 f"{self.path} is no state of a training of this version: its format is {metadata.get('format')!r}."
             )
         stored, now = json.loads(metadata["about"]), json.loads(json.dumps(self.about))
-        if different := [key for key in {**stored, **now} if stored.get(key) != now.get(key)]:
+        if different := list(differences("", stored, now)):
             raise OptionError(
-                f"{self.path} belongs to another training: {', '.join(different)} "
-                f"{'is' if len(different) == 1 else 'are'} not the same. Name another file to begin anew."
+                f"{self.path} belongs to another training: {'; '.join(different)}. Name another file to begin anew."
             )
         self.found = json.loads(metadata["notes"])
         head.load_state_dict({k.removeprefix("head."): t for k, t in tensors.items() if k.startswith("head.")})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from amradio.errors import OptionError, nearest_names
 
@@ -85,17 +86,36 @@ class LinearSegProtocol:
             )
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.how}; {self.where}"
+
+    @property
+    def how(self) -> str:
+        """How the head is fitted, in words."""
         if self.solver == "ridge":
-            how = "ridge regression of class shares on patch features, in closed form"
-        else:
-            varied = self.augmentation is not None
-            pictures = "random scales, crops, flips and colours" if varied else "pictures as they are, loss at patches"
-            how = (
-                f"batch norm and a linear layer, {self.iterations} steps of {self.batch_size} pictures, AdamW at "
-                f"{self.lr:g}, weight decay {self.weight_decay:g}; {pictures}"
-            )
-        where = "whole pictures" if self.inference == "whole" else "sliding windows"
-        return f"{self.name}: {how}; {where}"
+            return "ridge regression of class shares on patch features, in closed form"
+        varied = self.augmentation is not None
+        pictures = "random scales, crops, flips and colours" if varied else "pictures as they are, loss at patches"
+        return (
+            f"batch norm and a linear layer, {self.iterations} steps of {self.batch_size} pictures, AdamW at "
+            f"{self.lr:g}, weight decay {self.weight_decay:g}; {pictures}"
+        )
+
+    @property
+    def where(self) -> str:
+        """What pictures are segmented in, in words."""
+        return "whole pictures" if self.inference == "whole" else "sliding windows"
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> LinearSegProtocol:
+        """The protocol that `dataclasses.asdict` made a record of, from JSON."""
+        varied = record["augmentation"]
+        augmentation = None if varied is None else Augmentation(**{**varied, "scale": tuple(varied["scale"])})
+        return cls(**{**record, "augmentation": augmentation})
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is one of those behind published numbers, unchanged, or none that claims to be."""
+        return self.augmentation is None or self == PROTOCOLS.get(self.name)
 
 
 PROTOCOLS = {
@@ -109,7 +129,7 @@ PROTOCOLS = {
             augmentation=Augmentation(),
             iterations=80_000,
             warmup=1500,
-            warmup_start=1e-3,
+            warmup_start=1e-6,
             snapped=False,
             longest=4.0,
         ),
@@ -118,7 +138,7 @@ PROTOCOLS = {
             augmentation=Augmentation(),
             iterations=80_000,
             warmup=1500,
-            warmup_start=1e-3,
+            warmup_start=1e-6,
             inference="slide",
             snapped=False,
             longest=4.0,
@@ -202,8 +222,3 @@ class LinearSegConfig:
         if "iterations" in chosen:
             chosen["warmup"] = round(protocol.warmup * chosen["iterations"] / protocol.iterations)
         return replace(protocol, **chosen)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether a published protocol is used otherwise than as published."""
-        return self.protocol.augmentation is not None and self.resolved() != self.protocol

@@ -144,6 +144,9 @@ class FeatureFile:
 
         Args:
             pictures: (position, features [P, D], counts [P, C]) of each.
+
+        Raises:
+            OptionError: A feature is too large for half precision.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._index.unlink(missing_ok=True)
@@ -151,7 +154,13 @@ class FeatureFile:
         with (self._folder / "features.f16").open("wb") as features, (self._folder / "counts.i32").open("wb") as counts:
             for position, maps, found in pictures:
                 self.dim, self.classes = maps.shape[1], found.shape[1]
-                features.write(maps.half().cpu().numpy().tobytes())
+                kept = maps.half()
+                if not bool(kept.isfinite().all()):
+                    raise OptionError(
+                        f"Features are as large as {float(maps.abs().max()):.3g}, and half precision, in which they are "
+                        "kept, ends at 65504. Choose the protocol ridge, which keeps none, or one with crops."
+                    )
+                features.write(kept.cpu().numpy().tobytes())
                 counts.write(found.int().cpu().numpy().tobytes())
                 self._rows[position] = (self._end, len(maps))
                 self._end += len(maps)

@@ -6,6 +6,7 @@ chooses the strength of the regularisation: it follows from the sums too, so no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from amradio.distributed import Group
 
 HOLDOUT = 10
-"""One picture in so many chooses the regularisation."""
+"""One picture in so many chooses the regularisation; of fewer pictures the last one."""
+USUAL = 1e-2
+"""The strength where no picture could be held out."""
 
 
 class RidgeFit(NamedTuple):
@@ -110,10 +113,10 @@ def fit_ridge(fit: RidgeSums, held_out: RidgeSums, strengths: Sequence[float]) -
     Args:
         fit: Most patches.
         held_out: The others; may be empty.
-        strengths: To choose from. With one of them, or without held-out patches, the first one is taken.
+        strengths: To choose from; without held-out patches, the one nearest to `USUAL` is taken.
     """
     errors: tuple[float, ...] = ()
-    strength = strengths[0]
+    strength = min(strengths, key=lambda s: abs(math.log(s / USUAL)))
     if len(strengths) > 1 and held_out.weight > 0 and fit.weight > 0:
         errors = tuple(held_out.error(fit.solve(s)) for s in strengths)
         strength = strengths[min(range(len(errors)), key=errors.__getitem__)]

@@ -17,10 +17,11 @@ from torch import Tensor
 from amradio.backbones.protocol import Backbone
 from amradio.errors import DatasetError, OptionError
 from amradio.evals.classification import class_labels
+from amradio.evals.differences import differences
 from amradio.evals.in_context.memory import patch_counts
 from amradio.evals.in_context.metrics import Confusion, iou
 from amradio.evals.linear_seg.checkpoint import Checkpoint
-from amradio.evals.linear_seg.config import LinearSegConfig
+from amradio.evals.linear_seg.config import LinearSegConfig, LinearSegProtocol
 from amradio.evals.linear_seg.data import Reader, Sample
 from amradio.evals.linear_seg.head import BatchNormLinear, LinearMap
 from amradio.evals.linear_seg.inference import pixel_scores, segment, sliding_scores
@@ -113,8 +114,7 @@ def run_linear_seg(
     setup = setup or Setup(linear_seg_policy(backbone))
     run = _Run(backbone, train, val, config, setup)
     if head_in is not None:
-        head, details = load_head(head_in, run.about()), {"head": os.fspath(head_in)}
-        run.measurement.notes.append(f"The head was read from {os.fspath(head_in)}.")
+        head, details = run.read(head_in)
     else:
         head, details = run.fit(cache, checkpoint, on_step)
     if head_out is not None and setup.is_main:
@@ -134,7 +134,7 @@ class _Run:
         setup: Setup,
     ) -> None:
         _check_sets(train, val)
-        self.protocol = config.resolved()
+        self.protocol = self.fitted = config.resolved()
         _check_options(config, setup, backbone)
         for images in (train, val):
             check_same_set(images.images, setup.group)
@@ -156,15 +156,28 @@ class _Run:
 
     def about(self) -> dict[str, Any]:
         """What a head depends on."""
-        model, policy = model_record(self.backbone), self.setup.policy
+        model, policy, options = model_record(self.backbone), self.setup.policy, self.setup.options
         return {
             "protocol": dataclasses.asdict(self.protocol),
             "model": {key: model.get(key) for key in ("name", "adaptor", "sha256", "sha256_of_weights")},
             "layers": list(self.config.layers),
             "layer_norm": self.config.layer_norm,
             "resize": {"mode": policy.mode, "size": list(policy.size), "multiple": policy.multiple},
+            "dtype": str(options.dtype),
+            "autocast": str(options.autocast),
+            "background": list(options.background),
             "classes": list(self.train.class_names),
         }
+
+    def read(self, path: str | os.PathLike[str]) -> tuple[LinearMap, dict[str, Any]]:
+        """Take a head from a file; returns it and where it comes from."""
+        head, stored = load_head(path, self.about())
+        self.fitted = LinearSegProtocol.of_record(stored["protocol"])
+        notes = self.measurement.notes
+        notes.append(f"The head was read from {os.fspath(path)}.")
+        if different := list(differences("resize", stored.get("resize"), self.about()["resize"])):
+            notes.append(f"It was fitted at another size: {'; '.join(different)}.")
+        return head, {"head": os.fspath(path), "head_about": stored}
 
     def fit(
         self,
@@ -256,11 +269,12 @@ class _Run:
     def _ridge(self) -> tuple[LinearMap, dict[str, Any]]:
         classes = len(self.train.class_names)
         parts: list[RidgeSums] | None = None
+        every = min(HOLDOUT, len(self.train))
         with self._stage("features"):
             for position, features, counts in self._pictures():
                 if parts is None:
                     parts = [RidgeSums(features.shape[1], classes, self.device) for _ in range(2)]
-                parts[position % HOLDOUT == HOLDOUT - 1].add(features, counts.to(self.device))
+                parts[position % every == every - 1 and every > 1].add(features, counts.to(self.device))
         if parts is None:  # this process has no picture
             parts = [RidgeSums(self._dim(), classes, self.device) for _ in range(2)]
         for part in parts:
@@ -269,6 +283,10 @@ class _Run:
             raise DatasetError(f"All masks of {self.train.name} are void, so there is nothing to learn from.")
         with self._stage("fit"):
             found = fit_ridge(parts[0], parts[1], self.config.ridge)
+        if not found.errors and len(self.config.ridge) > 1:
+            self.measurement.notes.append(
+                f"No picture could be held out to choose the regularisation on, so {found.strength:g} was taken."
+            )
         errors = dict(zip(map(str, self.config.ridge), found.errors, strict=False))
         return found.head, {"ridge": found.strength, "held_out_error": errors}
 
@@ -383,12 +401,13 @@ class _Run:
     def _words(self) -> str:
         config = self.config
         at = "the size of the mask files" if config.score_at == "original" else "the evaluated size"
+        published = self.fitted.is_published and self.protocol.is_published
         layers = f"; layers {list(config.layers)}" if config.layers else ""
         scales = f"; scales {list(config.scales)}" if config.scales != (1.0,) else ""
         return (
-            f"linear segmentation probe, {self.protocol}{layers}{scales}{'; mirrored too' if config.flip else ''}; "
-            f"masks scored at {at}; mIoU over classes that occur"
-            f"{'; not as published: options were changed' if config.is_changed else ''}"
+            f"linear segmentation probe, {self.fitted.name}: {self.fitted.how}; {self.protocol.where}{layers}{scales}"
+            f"{'; mirrored too' if config.flip else ''}; masks scored at {at}; mIoU over classes that occur"
+            f"{'' if published else '; not as published: options were changed'}"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amradio.errors import OptionError
+from amradio.evals.differences import differences
 from amradio.evals.linear_seg.head import LinearMap
 from amradio.weights.files import atomic_file
 
@@ -35,12 +36,15 @@ def save_head(head: LinearMap, about: Mapping[str, Any], path: str | os.PathLike
     return target
 
 
-def load_head(path: str | os.PathLike[str], about: Mapping[str, Any]) -> LinearMap:
+def load_head(path: str | os.PathLike[str], about: Mapping[str, Any]) -> tuple[LinearMap, dict[str, Any]]:
     """Read a head that `save_head` wrote.
 
     Args:
         path: The file.
         about: What it is to be used with.
+
+    Returns:
+        The head, and what it was fitted on: protocol, model, sizes and so on.
 
     Raises:
         OptionError: There is no such file, it is no head, or it belongs to another model, layer or set of classes.
@@ -62,11 +66,7 @@ def load_head(path: str | os.PathLike[str], about: Mapping[str, Any]) -> LinearM
             raise
         raise OptionError(f"{path} cannot be read as a head: {error}") from error
     now = json.loads(json.dumps(dict(about)))
-    different = [
-        f"{name} is {stored.get(name)!r} in the file and {now.get(name)!r} now"
-        for name in _MUST_AGREE
-        if stored.get(name) != now.get(name)
-    ]
+    different = [words for name in _MUST_AGREE for words in differences(name, stored.get(name), now.get(name))]
     if different:
         raise OptionError(f"The head {path} belongs to something else: {'; '.join(different)}.")
-    return head
+    return head, stored

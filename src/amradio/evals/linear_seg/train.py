@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amradio.errors import OptionError
 from amradio.evals.linear_seg.config import LinearSegProtocol
 from amradio.evals.linear_seg.head import BatchNormLinear
 from amradio.images.segmentation import VOID
@@ -102,6 +104,9 @@ def train_head(
 
     Returns:
         Mean loss of each tenth of the training.
+
+    Raises:
+        OptionError: The loss is not finite; nothing of that step is kept.
     """
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=protocol.lr, betas=(0.9, 0.999), weight_decay=protocol.weight_decay)
@@ -114,6 +119,11 @@ def train_head(
         optimizer.zero_grad()
         loss.backward()
         losses.append(_averaged(parameters, loss.detach(), amount, group))
+        if not math.isfinite(losses[-1]):
+            raise OptionError(
+                f"The loss is {losses[-1]} at step {step + 1}, so the training has failed. Choose a lower learning rate "
+                f"than {protocol.lr:g}."
+            )
         optimizer.step()
         if checkpoint is not None:
             checkpoint.save(head, optimizer, losses, last=step + 1 == protocol.iterations)
