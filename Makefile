@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 #   make demo     what the small model in the package sees, as one page: demo-output/report.html
-#   make test     all tests with coverage
+#   make test     the tests with coverage, but for a few that compile C++ for minutes
+#   make test-all all tests
 #   make lint     ruff (rules and format) and types
 #   make types    mypy, strict
 #   make format   rewrite the sources in the house format
@@ -29,7 +30,7 @@ PY := $(BIN)/python
 STAMP := .venv/.installed
 SOURCES := src tests examples benchmarks tools hubconf.py
 
-.PHONY: help setup demo test lint types format docs bench clean
+.PHONY: help setup demo test test-all lint types format docs bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +49,10 @@ demo: $(STAMP)
 	$(PY) -m amradio demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) --cov --cov-report=term $(TEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) -m 'not compile' --cov --cov-report=term $(TEST_ARGS)
+
+test-all: $(STAMP)
+	$(PY) -m pytest -n $(JOBS) $(TEST_ARGS)
 
 lint: $(STAMP) types
 	$(PY) -m ruff check $(wildcard $(SOURCES))

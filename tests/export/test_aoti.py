@@ -51,7 +51,7 @@ def package(toy: Callable[..., RadioModel], tmp_path_factory: pytest.TempPathFac
         return model, export_aoti(model, folder / "model.pt2")
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 def test_one_package_for_all_sizes(package: tuple[RadioModel, Path]) -> None:
     model, path = package
     backbone = amradio.load_backbone(f"aoti:{path}", trust_remote_code=True)
@@ -73,7 +73,7 @@ def test_one_package_for_all_sizes(package: tuple[RadioModel, Path]) -> None:
         backbone.to("meta")
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 def test_nothing_of_it_runs_without_trust(package: tuple[RadioModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_loaded", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(OptionError, match=r"is compiled code, which runs with all your .* trust_remote_code=True"):

@@ -20,11 +20,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
 from amradio.errors import OptionError
-from amradio.hf import AmradioTower, assemble_llava, llava_processor
+from amradio.hf import AmradioModel, AmradioTower, assemble_llava, llava_processor
+from amradio.models.configs import RadioConfig, Resolution, ViTConfig
+from amradio.models.radio import RadioModel
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "what", "colour", "is", "this", "red", "green", "blue", "?"]
 
@@ -142,6 +146,46 @@ def test_tiles_of_llava_next(tower: AmradioTower) -> None:
     assert model(input_ids=ids, pixel_values=tiles, image_sizes=torch.tensor([[60, 128]])).logits.isfinite().all()
 
 
+def test_activations_can_be_recomputed() -> None:
+    words = tokenizer()
+    tower = AmradioTower.from_encoder(AmradioModel.from_radio(small_radio()))
+    model = assemble_llava(tower, language_model(), 5).train()
+    ids = torch.tensor([[1, *[5] * 16, 4]])
+    pixels = torch.rand(1, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model.activation_checkpointing_enable() if enable else model.activation_checkpointing_disable()
+        assert tower.gradient_checkpointing is tower.encoder.gradient_checkpointing is enable
+        model.zero_grad()
+        torch.manual_seed(0)  # positions are cropped at random
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in tower.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    words.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    llava_processor(tower.config, words)
+    assert "<|end|>" in words.all_special_tokens
+
+
+def small_radio() -> RadioModel:
+    trunk = ViTConfig(embed_dim=24, depth=2, num_heads=2, mlp_hidden_dim=32, patch_size=8, position_grid=(8, 8))
+    return RadioModel(RadioConfig(backbone=trunk, preferred_resolution=Resolution(32, 32)))
+
+
+@torch.no_grad()
+def test_tiles_of_llava_onevision(tower: AmradioTower) -> None:
+    config = LlavaOnevisionConfig(
+        vision_config=tower.config, text_config=language_model().config, image_token_index=5,
+        image_grid_pinpoints=[[64, 128], [128, 64]], vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    features = model.get_image_features(torch.rand(1, 3, 3, 64, 64), torch.tensor([[60, 128]])).pooler_output
+    ids = torch.tensor([[1, *[5] * len(features[0]), 4]])
+    tiles = torch.rand(1, 3, 3, 64, 64)
+    assert model(input_ids=ids, pixel_values=tiles, image_sizes=torch.tensor([[60, 128]])).logits.isfinite().all()
+
+
 def test_parts_are_shared_and_the_vocabulary_grows_only_if_it_must(tower: AmradioTower) -> None:
     words = language_model(tie_word_embeddings=True)
     model = assemble_llava(tower, words, 5)
@@ -150,5 +194,7 @@ def test_parts_are_shared_and_the_vocabulary_grows_only_if_it_must(tower: Amradi
     assert model.model.vision_tower is tower
     assert not any(p.is_meta for p in model.parameters())
     assert assemble_llava(tower, language_model(), 12).lm_head.weight.shape[0] == 64
+    with pytest.raises(OptionError, match=r"tower is in torch.float32 and the language model in torch.bfloat16"):
+        assemble_llava(tower, language_model().to(torch.bfloat16), 5)
     with pytest.raises(OptionError, match="A LlamaModel predicts no words"):
         assemble_llava(tower, LlamaModel(words.config), 5)

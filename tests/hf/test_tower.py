@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("transformers")
 
 import amradio
 from amradio.errors import CapabilityError, ConfigError, OptionError, ResolutionError
-from amradio.hf import AmradioModel, AmradioTower, AmradioTowerConfig
+from amradio.hf import AmradioConfig, AmradioModel, AmradioTower, AmradioTowerConfig
 from amradio.models.configs import ERadioConfig, RadioConfig, ViTConfig
 from amradio.models.radio import RadioModel
 
@@ -139,8 +141,17 @@ def test_configs_that_cannot_be(radio: RadioModel) -> None:
         tower(radio, prefix_tokens="cls")
     with pytest.raises(ConfigError, match="4 times the channels, which prefix tokens do not have"):
         tower(radio, prefix_tokens="all", reduction="pixel_shuffle")
-    with pytest.raises(ConfigError, match="reduction_factor must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="reduction_factor must be a whole number from 1, got 0"):
         tower(radio, reduction="average", reduction_factor=0)
+    with pytest.raises(ConfigError, match=r"Images of 40 pixels .* multiples of 16\. Nearest: 32"):
+        tower(radio, reduction="average", image_size=40)
+    with pytest.raises(ConfigError, match=r"image_size must be a number of pixels, .* got '64'"):
+        tower(radio, image_size="64")
+    mean = RadioConfig(backbone=dataclasses.replace(TRUNK, num_cls_tokens=0, pool="avg"))
+    with pytest.raises(ConfigError, match="made of no tokens of its own"):
+        AmradioTowerConfig(encoder_config=AmradioConfig.from_radio(mean), prefix_tokens="summary")
+    with pytest.raises(OptionError, match=r"got a RadioModel\. Wrap"):
+        AmradioTower.from_encoder(radio)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="pooling: not options of a tower"):
         tower(radio, pooling=2)
 
@@ -172,6 +183,16 @@ def test_it_is_saved_and_found_by_auto_classes(radio: RadioModel, images: Tensor
     fresh = AutoModel.from_config(config)
     assert fresh(images).last_hidden_state.shape == (2, 6, 96)
     assert fresh(images).last_hidden_state.isfinite().all()
+
+
+def test_sizes_are_those_that_processors_make(radio: RadioModel) -> None:
+    encoder = AmradioModel.from_radio(radio, image_size=40)
+    made = AmradioTower.from_encoder(encoder, reduction="pixel_shuffle")
+    assert (made.config.image_size, encoder.config.image_size) == (32, 40)
+    processor = made.config.image_processor()
+    pixels = processor(Image.new("RGB", (90, 70)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert made.config.num_tokens(32, 32) == made(pixels).last_hidden_state.shape[1] == 4
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode(radio: RadioModel) -> None:

@@ -33,7 +33,7 @@ def llava_processor(
     from transformers import LlavaProcessor
 
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return LlavaProcessor(
         image_processor=config.image_processor(),
         tokenizer=tokenizer,
@@ -63,11 +63,16 @@ def assemble_llava(
         ``full``), as the tower's config says which there are.
 
     Raises:
-        OptionError: The language model has no output layer.
+        OptionError: The language model has no output layer, or tower and language model differ in dtype.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.initialization import no_init_weights
 
+    if tower.dtype != language_model.dtype:
+        raise OptionError(
+            f"The tower is in {tower.dtype} and the language model in {language_model.dtype}: bring one to the "
+            "other's, as in tower.to(language_model.dtype)."
+        )
     head = language_model.get_output_embeddings()
     if head is None:
         raise OptionError(

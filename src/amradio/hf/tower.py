@@ -48,7 +48,8 @@ class AmradioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = self.encoder_config
-        self.encoder_config = given if isinstance(given, AmradioConfig) else AmradioConfig(**(given or {}))
+        own = given.to_dict() if isinstance(given, AmradioConfig) else dict(given or {})
+        self.encoder_config = AmradioConfig.from_dict(own)  # a copy: the encoder's own config stays as it is
         for name in ("hidden_size", "patch_size", "num_hidden_layers", "num_attention_heads"):
             kwargs.pop(name, None)  # views of the encoder's config
         if (size := kwargs.pop("image_size", None)) is not None:
@@ -60,9 +61,11 @@ class AmradioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         for name, known in (("prefix_tokens", PREFIX_TOKENS), ("reduction", REDUCTIONS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
-        if self.reduction_factor < 1:
-            raise ConfigError(f"reduction_factor must be at least 1, got {self.reduction_factor}.")
+        factor: Any = self.reduction_factor  # from a file it may be anything
+        if not isinstance(factor, int) or factor < 1:
+            raise ConfigError(f"reduction_factor must be a whole number from 1, got {factor!r}.")
         if self.prefix_tokens == "none":
+            self._check_image_size()
             return
         if self.reduction == "pixel_shuffle":
             raise ConfigError(
@@ -71,6 +74,32 @@ class AmradioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         if self.encoder.is_hybrid:
             raise ConfigError("E-RADIO has no class tokens or registers: prefix_tokens must be 'none'.")
+        trunk = self.encoder.to_radio().backbone
+        mean = isinstance(trunk, ViTConfig) and trunk.pool == "avg"
+        if not self.prefix_indices or (self.prefix_tokens == "summary" and mean):
+            raise ConfigError(
+                "The summary of this model is made of no tokens of its own, or it has none: prefix_tokens must be "
+                f"'none', got {self.prefix_tokens!r}."
+            )
+        self._check_image_size()
+
+    def _check_image_size(self) -> None:
+        size = self.image_size
+        sides = [size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else [size]
+        if not all(isinstance(side, int) for side in sides) or len(sides) > 2:
+            raise ConfigError(f"image_size must be a number of pixels, or (height, width), got {size!r}.")
+        step = self.size_multiple
+        if any(side % step or side < step for side in sides):
+            nearest = [max(round(side / step), 1) * step for side in sides]
+            raise ConfigError(
+                f"Images of {' x '.join(map(str, sides))} pixels do not consist of whole tokens: sides must be "
+                f"multiples of {step}. Nearest: {' x '.join(map(str, nearest))}."
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """What sides of images are multiples of, in pixels."""
+        return int(AmradioImageProcessor.from_config(self.encoder).size_multiple) * self.factor
 
     @property
     def encoder(self) -> AmradioConfig:
@@ -131,7 +160,7 @@ class AmradioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
     def image_processor(self) -> AmradioImageProcessor:
         """The processor that brings pictures to `image_size`."""
         processor = AmradioImageProcessor.from_config(self.encoder)
-        processor.size_multiple = processor.size_multiple * self.factor
+        processor.size_multiple = self.size_multiple
         return processor
 
 
@@ -168,7 +197,8 @@ class AmradioTower(PreTrainedModel):  # type: ignore[misc]
 
         Args:
             encoder: A model, whose weights are shared; or a name, for `AmradioModel.from_pretrained`.
-            **options: Of `AmradioTowerConfig`, ``image_size`` among them; others are for ``from_pretrained``.
+            **options: Of `AmradioTowerConfig`, ``image_size`` among them; others are for ``from_pretrained``. By
+                default the image size is the nearest to the model's own that consists of whole tokens.
 
         Returns:
             The tower, in the encoder's mode.
@@ -180,6 +210,12 @@ class AmradioTower(PreTrainedModel):  # type: ignore[misc]
         if options and not isinstance(encoder, str):
             raise OptionError(f"{', '.join(options)}: not options of a tower. They are {', '.join(known)}.")
         model: Any = AmradioModel.from_pretrained(encoder, **options) if isinstance(encoder, str) else encoder
+        if not isinstance(model, AmradioModel):
+            raise OptionError(
+                f"A tower is made of an AmradioModel or a name, got a {type(model).__name__}. Wrap a RadioModel with "
+                "AmradioModel.from_radio."
+            )
+        ours.setdefault("image_size", _whole(model.config, **ours))
         config = AmradioTowerConfig(encoder_config=model.config, dtype=model.dtype, **ours)
         with torch.device("meta"), no_init_weights():
             tower = cls(config)
@@ -212,6 +248,11 @@ class AmradioTower(PreTrainedModel):  # type: ignore[misc]
     def gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
         return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        # A model that this one is part of switches all its parts so; the encoder is one of them, and does it.
+        pass
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing here has weights of its own; the encoder makes its own."""
@@ -292,6 +333,19 @@ class AmradioTower(PreTrainedModel):  # type: ignore[misc]
                 f"Images of {height} x {width} pixels do not consist of whole tokens of {step} x {step} pixels "
                 f"(reduction {self.config.reduction!r} by {self.config.factor}). Nearest: {nearest[0]} x {nearest[1]}."
             )
+
+
+def _whole(
+    config: AmradioConfig, reduction: str = "none", reduction_factor: int = 2, **_: Any
+) -> int | list[int] | tuple[int, ...]:
+    """The size nearest to a model's own that consists of whole tokens."""
+    step = AmradioImageProcessor.from_config(config).size_multiple * (
+        1 if reduction == "none" else max(reduction_factor, 1)
+    )
+    size = config.image_size
+    if isinstance(size, int):
+        return max(round(size / step), 1) * step
+    return [max(round(side / step), 1) * step for side in size or ()]
 
 
 def _indices(wanted: bool | int | Sequence[int] | None, count: int) -> set[int]:

@@ -157,8 +157,8 @@ class FeatureFile:
                 kept = maps.half()
                 if not bool(kept.isfinite().all()):
                     raise OptionError(
-                        f"Features are as large as {float(maps.abs().max()):.3g}, and half precision, in which they are "
-                        "kept, ends at 65504. Choose the protocol ridge, which keeps none, or one with crops."
+                        f"Features are as large as {float(maps.abs().max()):.3g}, and half precision, in which they "
+                        "are kept, ends at 65504. Choose the protocol ridge, which keeps none, or one with crops."
                     )
                 features.write(kept.cpu().numpy().tobytes())
                 counts.write(found.int().cpu().numpy().tobytes())

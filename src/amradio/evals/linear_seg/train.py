@@ -121,8 +121,8 @@ def train_head(
         losses.append(_averaged(parameters, loss.detach(), amount, group))
         if not math.isfinite(losses[-1]):
             raise OptionError(
-                f"The loss is {losses[-1]} at step {step + 1}, so the training has failed. Choose a lower learning rate "
-                f"than {protocol.lr:g}."
+                f"The loss is {losses[-1]} at step {step + 1}, so the training has failed. Choose a lower learning "
+                f"rate than {protocol.lr:g}."
             )
         optimizer.step()
         if checkpoint is not None:
