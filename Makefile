@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 #   make demo     what the small model in the package sees, as one page: demo-output/report.html
-#   make test     the tests with coverage, but for a few that compile C++ for minutes
-#   make test-all all tests
+#   make test     the tests with coverage, but for those that compile C++ or drive a browser
+#   make test-all all tests; those of the app need Chromium or Chrome
 #   make lint     ruff (rules and format) and types
 #   make types    mypy, strict
 #   make format   rewrite the sources in the house format
@@ -49,7 +49,7 @@ demo: $(STAMP)
 	$(PY) -m amradio demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) -m 'not compile' --cov --cov-report=term $(TEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) -m 'not compile and not browser' --cov --cov-report=term $(TEST_ARGS)
 
 test-all: $(STAMP)
 	$(PY) -m pytest -n $(JOBS) $(TEST_ARGS)

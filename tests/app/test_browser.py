@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 Server = tuple[str, Any, Path]
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 LONG_MS = 90_000  # on a loaded machine
 _INK = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v).length"
