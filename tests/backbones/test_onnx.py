@@ -158,6 +158,15 @@ def test_a_fixed_number_of_images_is_filled_up(tmp_path: Path, count: int) -> No
     check(load(path), torch.rand(count, 3, 16, 16))
 
 
+@pytest.mark.parametrize("feature_fmt", ["NLC", "NCHW", "NHWC"])
+@pytest.mark.parametrize("batch", [None, 4])
+def test_no_images(tmp_path: Path, batch: int | None, feature_fmt: str) -> None:
+    path = write(tmp_path / "m.onnx", dataclasses.replace(INFO, batch=batch), batch=batch or "n")
+    summary, features = load(path)(torch.rand(0, 3, 16, 24), feature_fmt)
+    assert summary.shape == (0, 3)
+    assert features.shape == {"NLC": (0, 6, 3), "NCHW": (0, 3, 2, 3), "NHWC": (0, 2, 3, 3)}[feature_fmt]
+
+
 def test_one_size_only(tmp_path: Path) -> None:
     path = write(tmp_path / "fixed.onnx", dataclasses.replace(INFO, size=Resolution(16, 24)))
     backbone = load(path)
@@ -186,6 +195,18 @@ def test_providers(file: Path) -> None:
         load(file, providers="tensorrt,cpu")
     with pytest.raises(OptionError, match=r"has no option 'provider'. Nearest names: providers"):
         load(file, provider="cpu")
+
+
+@pytest.mark.parametrize("threads", [0, -1, "4", "two", 1.5, True])
+def test_threads_that_cannot_be(file: Path, threads: Any) -> None:
+    with pytest.raises(OptionError, match=f"threads must be a whole number from 1, or None, got {threads!r}"):
+        load(file, threads=threads)
+
+
+@pytest.mark.parametrize("providers", [3, [], [None]])
+def test_providers_that_cannot_be(file: Path, providers: Any) -> None:
+    with pytest.raises(OptionError, match="providers must be names of execution providers"):
+        load(file, providers=providers)
 
 
 def test_cuda_is_chosen_where_both_sides_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +278,43 @@ def test_damaged_and_newer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load(write(tmp_path / "damaged.onnx"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 0},
+        {"batch": -2},
+        {"step": 0},
+        {"max_side": -1},
+        {"size": Resolution(0, 16)},
+        {"preferred_resolution": Resolution(16, -1)},
+        {"outputs": ()},
+        {"outputs": (CLIP,)},
+        {"outputs": (BACKBONE, BACKBONE)},
+        {"outputs": (dataclasses.replace(BACKBONE, embed_dim=-3),)},
+        {"outputs": (dataclasses.replace(BACKBONE, summary_dim=0),)},
+        {"outputs": (dataclasses.replace(BACKBONE, upsample_factor=0),)},
+        {"outputs": (dataclasses.replace(BACKBONE, upsample_factor=3),)},
+        {"outputs": (dataclasses.replace(BACKBONE, dtype="float31"),)},
+    ],
+)
+def test_metadata_that_no_export_has(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = write(tmp_path / "odd.onnx", dataclasses.replace(INFO, **change))
+    with pytest.raises(LayoutError, match=r"odd.onnx .* has metadata that no export has"):
+        load(path)
+
+
+def test_several_outputs_at_once(file: Path) -> None:
+    images = torch.rand(2, 3, 16, 24)
+    backbone = load(file)
+    before = describe_model(backbone)
+    found = backbone.with_adaptors(["clip", "clip"])(images)
+    assert list(found) == ["backbone", "clip"]
+    assert torch.equal(found["clip"].features, -found["backbone"].features)
+    assert describe_model(backbone) != before  # so that embeddings of both are not taken for each other's
+    with pytest.raises(UnknownAdaptorError, match="has no output 'clap'"):
+        backbone.with_adaptors(["clap"])
+
+
 def test_unknown_adaptors(file: Path) -> None:
     with pytest.raises(UnknownAdaptorError, match=r"has no output 'clap', only \['backbone', 'clip'\]. .* names: clip"):
         load(file, adaptor="clap")
@@ -297,3 +355,45 @@ def test_commands_take_it_by_name(file: Path, tmp_path: Path, capsys: pytest.Cap
     knn = ["eval", "knn", "--train", str(photos / "train"), "--eval", str(photos / "val"), "--k", "1"]
     assert main([*knn, *options]) == 0
     assert '"top1' in capsys.readouterr().out
+
+
+def test_commands_take_its_adaptors(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    words = [str(tmp_path / "red.png"), "--model", f"onnx:{file}", "--resolution", "32", "--adaptors", "clip"]
+    assert main(["features", *words, "-o", str(tmp_path / "out"), "--format", "npz"]) == 0
+    assert main(["embed", *words, "-o", str(tmp_path / "embedded")]) == 0
+    assert main(["embed", *words, "-o", str(tmp_path / "none"), "--adaptors", "clap"]) == 1
+    assert "has no output 'clap', only ['backbone', 'clip']" in capsys.readouterr().err
+    from amradio.features import load_embeddings
+
+    embeddings = load_embeddings(tmp_path / "embedded")
+    assert list(embeddings.names) == ["backbone", "clip"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("adaptor=clip", "adaptor is given by --adaptor or --adaptors"),
+        ("dtype=float16", "dtype is given by --dtype"),
+        ("spec=x", "spec is given by the model itself"),
+        ("threads=two", "threads must be a whole number from 1, or None, got 'two'"),
+    ],
+)
+def test_options_that_cannot_be(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, said: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    words = ["embed", str(tmp_path / "a.png"), "-o", str(tmp_path / "o"), "--model", f"onnx:{file}"]
+    assert main([*words, "--model-option", option]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_one_kind_do_not_go_with_adaptors_of_radio(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    words = ["embed", str(tmp_path / "a.png"), "-o", str(tmp_path / "o"), "--adaptors", "minilm"]
+    assert main([*words, "--model-option", "strict=false"]) == 1
+    assert "--model-option strict=false does not go with adaptors of a RADIO model" in capsys.readouterr().err

@@ -58,6 +58,34 @@ def test_a_file_that_cannot_be_run_here_is_written_all_the_same(
     assert target.is_file()
 
 
+@pytest.mark.parametrize("there", [b"", b"an earlier file"])
+def test_a_file_that_is_off_is_not_kept(
+    toy: Callable[..., RadioModel], tmp_path: Path, capsys: pytest.CaptureFixture[str], there: bytes
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = toy(depth=1)
+    model.model.blocks[0].mlp.fc1.bias.add_(1e5)  # more than float16 holds
+    checkpoint = str(amradio.save(model, tmp_path / "toy.safetensors"))
+    target = tmp_path / "out" / "m.onnx"
+    target.parent.mkdir()
+    if there:
+        target.write_bytes(there)
+    words = ["convert", checkpoint, str(target), "--to", "onnx", "--size", "16", "--precision", "fp16"]
+    assert main([*words, "--external-data", "--overwrite"]) == 1
+    assert f"{target} does not compute what the model does: backbone" in capsys.readouterr().err
+    assert [p.read_bytes() for p in target.parent.iterdir()] == ([there] if there else [])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("y.onnx", "onnx"), ("y.PT2", "aoti")])
+def test_weights_do_not_get_the_name_of_an_exported_file(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    assert main(["convert", checkpoint, str(tmp_path / name)]) == 1
+    assert f"--to native writes weights. Add --to {kind}" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -69,6 +97,8 @@ def test_a_file_that_cannot_be_run_here_is_written_all_the_same(
         (["--to", "aoti", "--opset", "18"], "--opset and --external-data go with --to onnx"),
         (["--to", "aoti", "--precision", "int8"], "precision must be one of fp32, fp16, bf16, got 'int8'"),
         (["--to", "onnx", "--precision", "bf16"], "precision must be one of fp32, fp16, int8, got 'bf16'"),
+        (["--to", "onnx", "--backbone-only"], "--backbone-only goes with layouts of weights, not with --to onnx"),
+        (["--to", "onnx", "--opset", "17"], "opset must be from 18 to 2"),
         (["--to", "onnx", "--size", "20"], "the nearest supported size is 16x16"),
     ],
 )

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import amradio
-from amradio.backbones.exported import ExportedBackbone
+from amradio.backbones.exported import ExportedBackbone, ExportInfo, OutputInfo
 from amradio.errors import LayoutError, MissingDependencyError, OptionError, ResolutionError
 from amradio.export import Agreement, ExportOptions, compare, export_onnx
-from amradio.export.onnx import data_dependent_operators
+from amradio.export.onnx import _finish, data_dependent_operators
 from amradio.models.radio import RadioModel
 
 onnx = pytest.importorskip("onnx")
@@ -195,6 +195,37 @@ def test_a_file_that_is_off_is_refused() -> None:
     off.require("int8", "m.onnx")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_values_that_are_not_finite_are_refused_in_any_precision(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, value: float, precision: str
+) -> None:
+    info = ExportInfo(
+        precision=precision,
+        patch_size=8,
+        step=8,
+        outputs=(OutputInfo(name="backbone", summary_dim=64, embed_dim=32),),
+    )
+    model = toy(depth=1)
+
+    class Overflowing(ExportedBackbone):
+        def _compute(self, images: torch.Tensor, wanted: Sequence[OutputInfo]) -> list[Any]:
+            output = model(images)
+            output.features[0, 1, 2] = value
+            return [output]
+
+        def _check_device(self, device: torch.device) -> None: ...
+
+    file = Overflowing(info, info.identity(Path("m.onnx"), "onnx", "ab" * 32))
+    for sizes in ([(16, 16)], [(16, 16), (24, 8)]):
+        agreement = compare(model, file, sizes)
+        assert agreement.difference["backbone features"] == float("inf")
+        assert agreement.cosine["backbone features"] == -1
+        assert agreement.difference["backbone summary"] == 0
+        with pytest.raises(LayoutError, match=rf"backbone features is not finite .* In {precision} a value may be too"):
+            agreement.require(precision, "m.onnx")
+
+
 # ---- files ----
 
 
@@ -230,6 +261,27 @@ def test_options_that_cannot_be(
     with pytest.raises(kind, match=said):
         export_onnx(whole, tmp_path / "m.onnx", ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [7, 17, 26, 99])
+def test_operators_that_cannot_be_written(whole: RadioModel, tmp_path: Path, opset: int) -> None:
+    with pytest.raises(OptionError, match=rf"opset must be from 18 to 2\d with onnx .*, got {opset}. 20 is the default"):
+        export_onnx(whole, tmp_path / "m.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operators_that_were_not_converted(whole_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(whole_file.read_bytes())
+    with pytest.raises(LayoutError, match=r"wrote version 20 of the operators instead of 18: .* Pass opset=20"):
+        _finish(onnx, path, ExportInfo(precision="fp32", patch_size=8, step=8, outputs=()), 18)
+
+
+def test_older_operators_are_what_the_file_says(toy: Toy, tmp_path: Path) -> None:
+    model = toy(depth=1)
+    path = export_onnx(model, tmp_path / "m.onnx", ExportOptions(size=(16, 24)), opset=18)
+    assert [(entry.domain, entry.version) for entry in onnx.load(path).opset_import] == [("", 18)]
+    check(model, path)
 
 
 def test_a_fixed_position_embedding_needs_a_size(toy: Toy, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class FakeHub:
         self.calls.append(("create_repo", options))
         return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
 
+    def create_branch(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create_branch", {"repo_id": repo_id, **options}))
+
     def file_exists(self, repo_id: str, filename: str, **_: Any) -> bool:
         return filename in self.files
 
@@ -93,6 +96,20 @@ def test_a_card_that_is_there_is_kept(model: AmradioModel, hub_api: FakeHub, tmp
     model.save_pretrained(tmp_path / "mine", push_to_hub=True, tags=["x"], private=False, max_shard_size="40KB")
     assert (tmp_path / "mine" / "README.md").read_text() == "local"
     assert "model.safetensors.index.json" in hub_api.files
+
+
+def test_a_branch_is_made(model: AmradioModel, hub_api: FakeHub) -> None:
+    model.push_to_hub("mine", revision="new")
+    names = [name for name, _ in hub_api.calls]
+    assert names == ["api", "create_repo", "create_branch", "upload_folder"]
+    assert hub_api.calls[2][1] == {"repo_id": "me/mine", "branch": "new", "exist_ok": True}
+    assert hub_api.calls[3][1]["revision"] == "new"
+
+
+@pytest.mark.parametrize("options", [{}, {"revision": "refs/pr/1"}, {"revision": "dev", "create_pr": True}])
+def test_no_branch_is_made(model: AmradioModel, hub_api: FakeHub, options: dict[str, Any]) -> None:
+    model.push_to_hub("me/mine", **options)
+    assert "create_branch" not in [name for name, _ in hub_api.calls]
 
 
 @pytest.mark.parametrize(("identity", "license_"), [(None, None), (("mine", "Apache-2.0"), "apache-2.0")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,38 @@ def test_lora(make_radio: Make, images: Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_lora_with_activation_checkpointing(reentrant: bool) -> None:
+    peft = pytest.importorskip("peft")
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for saving in (False, True):
+        model = AmradioModel.from_pretrained("amradio-tiny")
+        if saving:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=list(LORA_TARGETS), r=2, init_lora_weights=False)
+        tuned = peft.get_peft_model(model, config)
+        tuned(pixel_values=images).features.square().mean().backward()
+        grads.append({name: p.grad for name, p in tuned.named_parameters() if p.grad is not None})
+    plain, saved = grads
+    assert sorted(plain) == sorted(saved)
+    assert len(plain) == 2 * 4 * model.config.num_hidden_layers  # A and B of qkv, proj, fc1, fc2
+    for name, grad in plain.items():
+        torch.testing.assert_close(saved[name], grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_of_blocks_alone(make_radio: Make) -> None:
+    peft = pytest.importorskip("peft")
+    options: dict[str, Any] = {"target_modules": list(LORA_TARGETS), "exclude_modules": r".*\badaptors\b.*", "r": 2}
+    tuned = peft.get_peft_model(AmradioModel.from_radio(make_radio("adaptors")), peft.LoraConfig(**options))
+    names = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 4 * 3
+    assert not any("adaptors" in name for name in names)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapter_of_transformers_own(make_radio: Make, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = AmradioModel.from_radio(make_radio("vit"))
@@ -117,21 +151,54 @@ def test_int8_weights(make_radio: Make, images: Tensor, tmp_path: Path) -> None:
         amradio.load(tmp_path / "int8")
 
 
-def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
+def run(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
+
+def test_without_transformers() -> None:
     program = """
 import sys
 sys.modules["transformers"] = None
 import amradio.hf, amradio.hf.modeling, amradio.hf.image_processing
+import amradio.hf.backbone, amradio.hf.configuration, amradio.hf.tower
 from amradio.errors import MissingDependencyError
-for use in (lambda: amradio.hf.AmradioModel, lambda: amradio.hf.modeling.AmradioModel(None)):
+hf = amradio.hf
+uses = (
+    lambda: hf.AmradioModel,
+    lambda: hf.modeling.AmradioModel(None),
+    lambda: hf.modeling.AmradioModel.from_pretrained("amradio-tiny"),
+    lambda: hf.backbone.AmradioBackbone.from_radio(None),
+    lambda: hf.configuration.AmradioConfig(),
+    lambda: hf.configuration.AmradioConfig.from_pretrained("amradio-tiny"),
+    lambda: hf.tower.AmradioTower.from_pretrained("amradio-tiny"),
+    lambda: hf.image_processing.AmradioImageProcessor.from_pretrained("amradio-tiny"),
+)
+for i, use in enumerate(uses):
     try:
         use()
     except MissingDependencyError as e:
-        assert "Install it with `pip install 'amradio[hf]'`." in str(e), e
+        assert "need the package transformers, 5.13 or newer" in str(e), e
+        assert "Install it with `pip install -U 'amradio[hf]'`." in str(e), e
     else:
-        raise SystemExit("nothing was said")
+        raise SystemExit(f"nothing was said by {i}")
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    run(program)
+
+
+@pytest.mark.parametrize("name", ["amradio.hf", "amradio.hf.modeling"])
+@pytest.mark.parametrize("version", ["4.57.1", "5.12.0", "5.9.0.dev0"])
+def test_a_transformers_that_is_too_old(name: str, version: str) -> None:
+    run(f"""
+import sys, types
+sys.modules["transformers"] = types.ModuleType("transformers")
+sys.modules["transformers"].__version__ = {version!r}
+import amradio
+from amradio.errors import MissingDependencyError
+try:
+    import {name}
+except MissingDependencyError as e:
+    wanted = "need the package transformers, 5.13 or newer, which cannot be imported: version {version} is installed."
+    assert wanted in str(e) and "'amradio[hf]'" in str(e), e
+else:
+    raise SystemExit("nothing was said")
+""")

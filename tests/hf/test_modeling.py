@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5.13")
 
+from transformers import PreTrainedModel
+
 from amradio.errors import CapabilityError, OptionError, ResolutionError, UnknownAdaptorError
 from amradio.hf import AmradioConfig, AmradioModel
 from amradio.models.configs import ERadioConfig, ViTConfig
@@ -69,10 +71,13 @@ def test_hidden_states(radio: RadioModel, model: AmradioModel, images: Tensor) -
 def test_some_hidden_states(make_radio: Make, images: Tensor) -> None:
     model = AmradioModel.from_radio(make_radio("vit"))
     every = model(images, output_hidden_states=True).hidden_states
-    for wanted, kept in (([1, -1], {1, 3}), (2, {2}), (-4, {0}), ([7], set())):
+    for wanted, kept in (([1, -1], {1, 3}), (2, {2}), (-4, {0}), ([], set())):
         found = model(images, output_hidden_states=wanted).hidden_states
         assert {i for i, state in enumerate(found) if state is not None} == kept
         assert all(state is None or torch.equal(state, every[i]) for i, state in enumerate(found))
+    for wanted, bad in ((4, 4), (-5, -5), ([1, 7], 7)):
+        with pytest.raises(OptionError, match=f"There is no hidden state {bad}: they go from 0 to 3, or from -4 to -1"):
+            model(images, output_hidden_states=wanted)
     model.config.output_hidden_states = True
     assert len(model(images).hidden_states) == 4
     assert model(images, output_hidden_states=False).hidden_states is None
@@ -146,6 +151,29 @@ def test_flash_attention_that_is_not_installed(make_radio: Make) -> None:
 
 
 @torch.no_grad()
+def test_flash_attention_does_not_get_float32(
+    make_radio: Make, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    dtypes = []
+
+    def flash(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
+        dtypes.append(q.dtype)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+    radio = make_radio("adaptors")
+    radio.model.bfloat16()
+    model = AmradioModel.from_radio(radio)
+    plain = model(images)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    out = model(images)
+    assert dtypes == 3 * [torch.bfloat16]  # the blocks, and not the head in float32
+    torch.testing.assert_close(out.adaptors["sam"].features, plain.adaptors["sam"].features)
+
+
+@torch.no_grad()
 def test_an_attention_of_ones_own(make_radio: Make, images: Tensor) -> None:
     from transformers import AttentionInterface
 
@@ -197,6 +225,46 @@ def test_gradient_checkpointing_that_cannot_be(make_radio: Make) -> None:
         AmradioModel.from_radio(make_radio("vit")).activation_checkpointing_enable(every_n_layers=2)
 
 
+class Parent(PreTrainedModel):  # type: ignore[misc]
+    """A model with another one in it, such as LLaVA with its tower."""
+
+    config_class = AmradioConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, vision: AmradioModel) -> None:
+        super().__init__(vision.config)
+        self.vision = vision
+        self.gradient_checkpointing = False
+
+
+def test_gradient_checkpointing_of_a_model_around_it(make_radio: Make, images: Tensor) -> None:
+    plain = AmradioModel.from_radio(make_radio("vit"))
+    parent = Parent(AmradioModel.from_radio(make_radio("vit")))
+    parent.activation_checkpointing_enable({"use_reentrant": True})
+    assert parent.vision.gradient_checkpointing
+    trunk = parent.vision.radio.model
+    assert trunk.checkpoint.keywords == {"use_reentrant": True}
+    calls: list[Any] = []
+    checkpoint = trunk.checkpoint
+    trunk.checkpoint = lambda block, x: calls.append(block) or checkpoint(block, x)
+    for model in (plain, parent.vision):
+        model(images).features.square().sum().backward()
+    assert calls == list(trunk.blocks)
+    for (name, a), b in zip(plain.named_parameters(), parent.vision.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+    parent.activation_checkpointing_disable()
+    assert not parent.vision.gradient_checkpointing
+
+
+def test_eradio_keeps_out_of_the_gradient_checkpointing_around_it(make_radio: Make) -> None:
+    parent = Parent(AmradioModel.from_radio(make_radio("eradio")))
+    parent.activation_checkpointing_enable()
+    assert parent.gradient_checkpointing
+    assert not parent.vision.gradient_checkpointing
+    parent.activation_checkpointing_disable()
+
+
 def test_training_mode_draws_positions(make_radio: Make, images: Tensor) -> None:
     model = AmradioModel.from_radio(make_radio("vit")).train()
     with torch.no_grad():
@@ -242,6 +310,18 @@ def test_the_input_embeddings(radio: RadioModel, model: AmradioModel) -> None:
     model.set_input_embeddings(replaced)
     assert model.get_input_embeddings() is replaced
     assert model.get_output_embeddings() is None
+
+
+def test_the_input_embeddings_of_a_convolutional_stem() -> None:
+    model = AmradioModel.from_pretrained("amradio-tiny")
+    layer = model.get_input_embeddings()
+    shapes = []
+    layer.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+    model(torch.rand(1, 3, 64, 96))
+    assert shapes == [(1, 24, model.config.hidden_size)]
+    replaced = copy.deepcopy(layer)
+    model.set_input_embeddings(replaced)
+    assert model.get_input_embeddings() is replaced is model.radio.model.patch_generator.embedder.project
 
 
 def test_weights_are_shared_with_the_plain_model(radio: RadioModel, model: AmradioModel, images: Tensor) -> None:

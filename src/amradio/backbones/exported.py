@@ -26,7 +26,7 @@ from amradio.hub import HubOptions
 from amradio.models.configs import Resolution, from_json, to_json
 from amradio.models.output import RadioOutput, arrange, check_feature_fmt
 from amradio.text.towers import has_text_side, load_text_tower
-from amradio.weights.checkpoint import Identity
+from amradio.weights.checkpoint import Identity, torch_dtype
 
 FORMAT = "amradio-export"
 FORMAT_VERSION = 1
@@ -64,6 +64,18 @@ class OutputInfo:
     def features(self) -> str:
         """Name of the graph's output with the features."""
         return "features" if self.name == BACKBONE else f"{self.name}_features"
+
+    def is_possible(self, patch_size: int) -> bool:
+        """Whether an export could say this.
+
+        Args:
+            patch_size: The backbone's.
+        """
+        return (
+            min(self.summary_dim, self.embed_dim, self.upsample_factor) >= 1
+            and patch_size % self.upsample_factor == 0
+            and self.dtype in {_name(dtype) for dtype in PRECISIONS.values()}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +124,20 @@ class ExportInfo:
     def dtype(self) -> torch.dtype:
         """What the network shows to the outside."""
         return PRECISIONS[self.precision]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether an export could say this: what `from_metadata` reads may have been edited or damaged."""
+        names = [output.name for output in self.outputs]
+        sides = [side for size in (self.size, self.preferred_resolution) if size is not None for side in size]
+        optional = [count for count in (self.batch, self.max_side, self.window_size) if count is not None]
+        return (
+            self.precision in PRECISIONS
+            and BACKBONE in names
+            and len(names) == len(set(names))
+            and min(self.patch_size, self.step, *sides, *optional) >= 1
+            and all(output.is_possible(self.patch_size) for output in self.outputs)
+        )
 
     def output(self, name: str | None) -> OutputInfo:
         """One output by name, the backbone's by default.
@@ -187,7 +213,7 @@ class ExportInfo:
             raise LayoutError(
                 f"{path} (written by amradio {writer}) has damaged metadata: {e}. Export the model again."
             ) from e
-        if info.precision not in PRECISIONS or not info.outputs or min(info.patch_size, info.step) < 1:
+        if not info.is_possible:
             raise LayoutError(f"{path} (written by amradio {writer}) has metadata that no export has: {info}.")
         return info
 
@@ -204,6 +230,7 @@ class ExportedBackbone(Adapter):
     Attributes:
         info: What the file says of itself.
         output: Whose summary and features a call returns.
+        adaptors: After `with_adaptors`: those that calls return beside the backbone.
         file_sha256: Digest of the file [32]. In the state dict, so that whatever tells models apart by their state
             tells files apart.
 
@@ -220,6 +247,7 @@ class ExportedBackbone(Adapter):
         super().__init__(info.geometry(chosen), identity)
         self.info = info
         self.output = chosen
+        self.adaptors: tuple[str, ...] = ()
         digest = torch.frombuffer(bytearray.fromhex(identity.sha256 or ""), dtype=torch.uint8)
         self.register_buffer("file_sha256", digest)
         self._hub = hub or HubOptions()
@@ -230,16 +258,35 @@ class ExportedBackbone(Adapter):
         """What the network shows to the outside; a quantised one shows float32."""
         return self.info.dtype
 
-    def forward(self, images: Tensor, feature_fmt: str = "NLC") -> RadioOutput:
-        """Compute the summary and features of the chosen output; see `forward_all`."""
+    def with_adaptors(self, names: Sequence[str]) -> ExportedBackbone:
+        """Let calls return a dict of the backbone's output and adaptors', as a `RadioModel` with adaptors does.
+
+        Args:
+            names: Which of the file's adaptors; none for the chosen output alone.
+
+        Returns:
+            The same backbone.
+
+        Raises:
+            UnknownAdaptorError: The file has no such adaptor.
+        """
+        self.adaptors = tuple(self.info.output(name).name for name in dict.fromkeys(names) if name != BACKBONE)
+        return self
+
+    def forward(self, images: Tensor, feature_fmt: str = "NLC") -> Any:
+        """Compute the chosen output, or after `with_adaptors` several by name; see `forward_all`."""
+        if self.adaptors:
+            wanted = [self.info.output(name) for name in (BACKBONE, *self.adaptors)]
+            return self._outputs(images, feature_fmt, wanted)
         return self._outputs(images, feature_fmt, (self.output,))[self.output.name]
 
     def forward_all(self, images: Tensor, feature_fmt: str = "NLC") -> dict[str, RadioOutput]:
         """Compute all outputs of the file in one pass.
 
         Args:
-            images: [B, 3, H, W] in [0, 1], of a supported size, on any device, of any floating point dtype. A file
-                for a fixed number of images is run as often as needed, with the last image repeated to fill it up.
+            images: [B, 3, H, W] in [0, 1], of a supported size, on any device, of any floating point dtype. B may be
+                0. A file for a fixed number of images is run as often as needed, with the last image repeated to fill
+                it up.
             feature_fmt: ``NLC``: features [B, L, D]; ``NCHW``: [B, D, h, w]; ``NHWC``: [B, h, w, D].
 
         Returns:
@@ -262,7 +309,10 @@ class ExportedBackbone(Adapter):
     def _outputs(self, images: Tensor, feature_fmt: str, wanted: Sequence[OutputInfo]) -> dict[str, RadioOutput]:
         check_feature_fmt(feature_fmt)
         self._check_images(images)
-        parts = [self._compute(part, wanted) for part in self._batches(images.detach().float())]
+        if len(images):
+            parts = [self._compute(part, wanted) for part in self._batches(images.detach().float())]
+        else:  # nothing to compute, which runtimes stumble over
+            parts = [[self._allocated(output, images) for output in wanted]]
         height, width = images.shape[-2:]
         found = {}
         for i, output in enumerate(wanted):
@@ -272,6 +322,15 @@ class ExportedBackbone(Adapter):
             stride = self.info.patch_size // output.upsample_factor
             found[output.name] = RadioOutput(summary, arrange(tokens, (height // stride, width // stride), feature_fmt))
         return found
+
+    def _allocated(self, output: OutputInfo, images: Tensor) -> RadioOutput:
+        """Memory for one output, as it is stored, on the images' device."""
+        count, stride = len(images), self.info.patch_size // output.upsample_factor
+        h, w = images.shape[-2] // stride, images.shape[-1] // stride
+        d = output.embed_dim
+        shape = (count, d, h, w) if self.info.feature_fmt == "NCHW" else (count, h * w, d)
+        options: dict[str, Any] = {"dtype": torch_dtype(output.dtype), "device": images.device}
+        return RadioOutput(torch.empty(count, output.summary_dim, **options), torch.empty(shape, **options))
 
     def _batches(self, images: Tensor) -> list[Tensor]:
         """Images in parts that the file takes; the last part is filled up with its last image."""

@@ -18,7 +18,7 @@ from amradio.backbones.exported import ExportedBackbone, ExportInfo, OutputInfo
 from amradio.errors import CheckpointError, LayoutError, MissingDependencyError, OptionError, UnknownModelError
 from amradio.hub import HubOptions
 from amradio.models.output import RadioOutput
-from amradio.weights.checkpoint import Identity, torch_dtype
+from amradio.weights.checkpoint import Identity
 from amradio.weights.trust import Claim, check, sha256_of
 
 LAYOUT = "onnx"
@@ -78,15 +78,6 @@ class OnnxBackbone(ExportedBackbone):
         self.session.run_with_iobinding(binding)
         return [output.to(home) for output in outputs]
 
-    def _allocated(self, output: OutputInfo, images: Tensor) -> RadioOutput:
-        """Memory for one output."""
-        count, stride = len(images), self.info.patch_size // output.upsample_factor
-        h, w = images.shape[-2] // stride, images.shape[-1] // stride
-        d = output.embed_dim
-        shape = (count, d, h, w) if self.info.feature_fmt == "NCHW" else (count, h * w, d)
-        options: dict[str, Any] = {"dtype": torch_dtype(output.dtype), "device": images.device}
-        return RadioOutput(torch.empty(count, output.summary_dim, **options), torch.empty(shape, **options))
-
     @property
     def _on_cuda(self) -> bool:
         return any(name in _ON_CUDA for name in self.session.get_providers())
@@ -117,7 +108,7 @@ def load_onnx(
         providers: What ONNX Runtime runs the graph with, in order of preference: ``cpu``, ``cuda``, ``tensorrt``,
             ``openvino``, ``coreml``, ``directml``, ``xnnpack`` or a provider's full name; several as a list or
             separated by commas. Default CUDA where torch and ONNX Runtime both have it, else the CPU.
-        threads: Threads of the CPU provider; default as many as torch uses.
+        threads: Threads of the CPU provider, at least 1; default as many as torch uses.
 
     Returns:
         The backbone.
@@ -125,11 +116,12 @@ def load_onnx(
     Raises:
         UnknownModelError: There is no such file.
         MissingDependencyError: onnxruntime is not installed.
-        OptionError: This build of ONNX Runtime has no such provider.
+        OptionError: This build of ONNX Runtime has no such provider, or an option is no option.
         LayoutError: amradio did not write the file.
         CheckpointError: The file, or one beside it with its weights, is damaged or missing.
         UnknownAdaptorError: The file has no such adaptor.
     """
+    _check_threads(threads)
     path = Path(name).expanduser()
     if not path.is_file():
         raise UnknownModelError(f"There is no file {path}. `amradio convert MODEL {path.name} --to onnx` writes one.")
@@ -156,7 +148,7 @@ def _chosen(runtime: Any, providers: str | Sequence[str] | None) -> list[str]:
     available: list[str] = runtime.get_available_providers()
     if providers is None:
         return [_CUDA, _CPU] if _CUDA in available and torch.cuda.is_available() else [_CPU]
-    names = providers.split(",") if isinstance(providers, str) else list(providers)
+    names = _names(providers)
     full = [_PROVIDERS.get(name.strip().lower(), name.strip()) for name in names]
     for name, wanted in zip(names, full, strict=True):
         if wanted not in available:
@@ -167,9 +159,21 @@ def _chosen(runtime: Any, providers: str | Sequence[str] | None) -> list[str]:
     return full if _CPU in full else [*full, _CPU]
 
 
+def _names(providers: Any) -> list[str]:
+    names = providers.split(",") if isinstance(providers, str) else providers
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise OptionError(f"providers must be names of execution providers, such as 'cuda', got {providers!r}.")
+    return list(names)
+
+
+def _check_threads(threads: Any) -> None:
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise OptionError(f"threads must be a whole number from 1, or None, got {threads!r}.")
+
+
 def _session(runtime: Any, path: Path, providers: list[str], threads: int | None) -> Any:
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.log_severity_level = 3  # errors; its warnings are about its own optimisations
     try:
         return runtime.InferenceSession(str(path), options, providers=providers)

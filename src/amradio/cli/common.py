@@ -19,7 +19,20 @@ if TYPE_CHECKING:
     from amradio.features import ExtractOptions
 
 _SHOWN_FAILURES = 10
-
+_EXPORTED = ("onnx:", "aoti:")
+_OTHER_OPTIONS = {
+    "adaptor": "--adaptor or --adaptors",
+    "device": "--device",
+    "dtype": "--dtype",
+    "revision": "--revision",
+    "cache_dir": "--cache-dir",
+    "local_files_only": "--offline",
+    "vitdet_window_size": "--vitdet-window-size",
+    "position_interpolation": "--position-interpolation",
+    "progress": "no option at all",
+    "spec": "the model itself",
+}
+"""What is given otherwise than by ``--model-option``."""
 
 DEFAULT_MODEL = "amradio-tiny"
 """What commands run where no model is named: it comes with the package, so that they work offline."""
@@ -72,24 +85,47 @@ class BackboneOptions:
             local_files_only=self.offline,
             progress=progress,
             **{name: value for name, value in only_radio.items() if value is not None},
-            **options_of(self.model_option),
+            **self._own_options(),
         )
+
+    def _own_options(self) -> dict[str, Any]:
+        """The keywords of ``--model-option``.
+
+        Raises:
+            OptionError: One has an option of its own, or is not of the form NAME=VALUE.
+        """
+        found = options_of(self.model_option)
+        if given := [name for name in found if name in _OTHER_OPTIONS]:
+            raise OptionError(
+                f"--model-option {given[0]}=... is for what only one kind of backbone knows; {given[0]} is given by "
+                f"{_OTHER_OPTIONS[given[0]]}."
+            )
+        return found
 
     def load_model(self, spec: str, adaptors: Sequence[str], device: Any, *, progress: bool) -> Any:
         """Load a backbone, or a RADIO model with the outputs of several adaptors, onto a device.
 
         Args:
             spec: See `amradio.load_backbone`.
-            adaptors: Whose outputs are wanted besides the backbone's; only RADIO has any.
+            adaptors: Whose outputs are wanted besides the backbone's; only RADIO, and files exported from it, have any.
             device: A `torch.device`.
             progress: Whether downloads show a bar.
+
+        Raises:
+            OptionError: The model has no adaptors, or options do not go together.
+            UnknownAdaptorError: It has others.
         """
         if not adaptors:
             return self.load_backbone(spec, None, device, progress=progress)
+        if spec.startswith(_EXPORTED):
+            exported: Any = self.load_backbone(spec, None, device, progress=progress)
+            return exported.with_adaptors(adaptors)
         from amradio.backbones.dispatch import is_radio
 
         if not is_radio(spec):
             raise OptionError(f"{spec} has no adaptors ({', '.join(adaptors)}); only RADIO models have.")
+        if self.model_option:
+            raise OptionError(f"--model-option {self.model_option[0]} does not go with adaptors of a RADIO model.")
         from amradio.backbones.load import load
 
         return load(

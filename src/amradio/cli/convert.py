@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from amradio.cli.convert_export import EXPORTS, ExportArguments
+from amradio.cli.convert_export import EXPORTS, ExportArguments, refuse_suffix
 
 Layout = Literal["native", "official", "huggingface", "transformers", "timm", "pretrained", "onnx", "aoti"]
 
@@ -28,7 +28,8 @@ class Convert(ExportArguments):
     format; transformers: directory for the RadioModel of transformers; timm: safetensors for timm; pretrained:
     directory for AutoModel after `import amradio.hf`; onnx: for ONNX Runtime and others; aoti: compiled code."""
     backbone_only: bool = False
-    """Leave out what the layout cannot hold (adaptors, normalizers) instead of refusing."""
+    """Leave out what the layout cannot hold (adaptors, normalizers) instead of refusing; not for onnx and aoti, whose
+    files have the adaptors of --adaptors."""
     overwrite: bool = False
     """Replace an existing target."""
     json: bool = False
@@ -44,10 +45,16 @@ class Convert(ExportArguments):
         if self.target.exists() and not self.overwrite:
             raise OptionError(f"{self.target} exists already; pass --overwrite to replace it.")
         if self.to in EXPORTS:
+            if self.backbone_only:
+                raise OptionError(
+                    f"--backbone-only goes with layouts of weights, not with --to {self.to}: the file has the "
+                    f"backbone, and the adaptors that --adaptors names."
+                )
             report = self.export(self.source, self.target, self.to)
             print(json.dumps(report) if self.json else _described(report))
             return 0
         self.refuse_given(self.to)
+        refuse_suffix(self.target, self.to)
         located = locate(self.source, with_adaptors=not self.backbone_only)
         # With what the catalog knows: licence, ViTDet schedule and resolutions are in no official file.
         written = save(read_located(located), self.target, self.to, backbone_only=self.backbone_only)

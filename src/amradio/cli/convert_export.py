@@ -15,9 +15,11 @@ from amradio.errors import OptionError
 
 if TYPE_CHECKING:
     from amradio.backbones.exported import ExportedBackbone
+    from amradio.models.radio import RadioModel
 
 EXPORTS = ("onnx", "aoti")
 """Values of ``--to`` that are no layout of weights."""
+_SUFFIXES = {".onnx": "onnx", ".pt2": "aoti"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,12 @@ class ExportArguments:
             What was written and how near it is, for printing.
 
         Raises:
-            LayoutError: The file does not compute what the model does.
+            LayoutError: The file does not compute what the model does; it is not kept, and one that was there stays.
         """
         import torch
 
         from amradio.backbones.load import load
-        from amradio.export import ExportOptions, compare, export_aoti, export_onnx
+        from amradio.export import ExportOptions, export_aoti, export_onnx
 
         if kind == "onnx" and self.device != "cpu":
             raise OptionError("--device goes with --to aoti; an ONNX file runs wherever its runtime does.")
@@ -91,19 +93,49 @@ class ExportArguments:
             feature_fmt=self.feature_fmt,
             precision=self.precision,
         )
+        found: dict[str, Any] = {}
+
+        def verify(part: Path) -> None:
+            found.update(_compared(model, part, target, kind, self.precision))
+
         if kind == "onnx":
             opset = {} if self.opset is None else {"opset": self.opset}
-            written = export_onnx(model, target, options, external_data=self.external_data, **opset)
+            export_onnx(model, target, options, external_data=self.external_data, verify=verify, **opset)
         else:
-            written = export_aoti(model, target, options)
+            export_aoti(model, target, options, verify=verify)
         sizes = "{}x{}".format(*options.size) if options.size else "any size"
-        report = {"source": source, "target": str(written), "layout": kind, "precision": self.precision, "sizes": sizes}
-        exported, reason = _loaded(written, kind)
-        if exported is None:
-            return {**report, "unchecked": reason}
-        agreement = compare(model, exported)
-        agreement.require(self.precision, str(written))
-        return {**report, "difference": agreement.difference, "cosine": agreement.cosine}
+        report = {"source": source, "target": str(target), "layout": kind, "precision": self.precision, "sizes": sizes}
+        return {**report, **found}
+
+
+def refuse_suffix(target: Path, layout: str) -> None:
+    """Refuse the name of an exported file for a layout of weights.
+
+    Args:
+        target: What is to be written.
+        layout: Value of ``--to``.
+
+    Raises:
+        OptionError: It has such a name.
+    """
+    suffix = target.suffix.lower()
+    if suffix in _SUFFIXES:
+        raise OptionError(
+            f"{target} has the name of an exported file, and --to {layout} writes weights. Add --to "
+            f"{_SUFFIXES[suffix]}, or choose a name that does not end in {suffix}."
+        )
+
+
+def _compared(model: RadioModel, part: Path, target: Path, kind: str, precision: str) -> dict[str, Any]:
+    """How near a file that has not got its name yet is to the model, for the report."""
+    from amradio.export import compare
+
+    exported, reason = _loaded(part, kind)
+    if exported is None:
+        return {"unchecked": reason}
+    agreement = compare(model, exported)
+    agreement.require(precision, str(target))
+    return {"difference": agreement.difference, "cosine": agreement.cosine}
 
 
 def _loaded(path: Path, kind: str) -> tuple[ExportedBackbone | None, str]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,13 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
-def export_aoti(model: RadioModel, path: str | os.PathLike[str], options: ExportOptions | None = None) -> Path:
+def export_aoti(
+    model: RadioModel,
+    path: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    *,
+    verify: Callable[[Path], object] | None = None,
+) -> Path:
     """Compile a model with AOTInductor into a package that `load_backbone("aoti:FILE", trust_remote_code=True)` takes.
 
     It runs where it was compiled: on the kind of device that the model is on, with the same instructions.
@@ -33,6 +40,7 @@ def export_aoti(model: RadioModel, path: str | os.PathLike[str], options: Export
         model: The model, with the adaptors and the windows that are wanted, on the device that is wanted.
         path: The file; parents are made, an existing file is replaced once the new one is complete.
         options: Sizes, layout, precision.
+        verify: Called with the complete file before it gets its name; if it raises, everything stays as it was.
 
     Returns:
         The path.
@@ -65,6 +73,8 @@ def export_aoti(model: RadioModel, path: str | os.PathLike[str], options: Export
         with zipfile.ZipFile(part, "a") as file:  # uncompressed, as everything in it
             root = file.namelist()[0].partition("/")[0]
             file.writestr(f"{root}/{METADATA}", json.dumps(info.to_metadata()))
+        if verify is not None:
+            verify(part)
         part.replace(target)
     return target
 

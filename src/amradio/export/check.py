@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class Agreement:
 
     Attributes:
         sizes: (height, width) of the random images that both were given.
-        difference: Largest difference of each output over its largest value, by output name.
-        cosine: Smallest cosine of the vectors of each output, by output name.
+        difference: Largest difference of each output over its largest value, by output name; infinite where the model
+            or the file gave a value that is no finite number.
+        cosine: Smallest cosine of the vectors of each output, by output name; -1 where the difference is infinite.
     """
 
     sizes: tuple[Resolution, ...]
@@ -37,7 +39,7 @@ class Agreement:
     cosine: dict[str, float]
 
     def require(self, precision: str, path: str) -> None:
-        """Refuse a file that is off by more than its precision explains.
+        """Refuse a file that is off by more than its precision explains, or whose values are not finite.
 
         Args:
             precision: Of the file.
@@ -46,9 +48,16 @@ class Agreement:
         Raises:
             LayoutError: It is.
         """
+        broken = [name for name, difference in self.difference.items() if not math.isfinite(difference)]
+        if broken:
+            raise LayoutError(
+                f"{path} does not compute what the model does: {', '.join(broken)} is not finite (NaN or infinity) "
+                f"there or in the model. In {precision} a value may be too large, as float16 ends at 65504; do not use "
+                f"the file, and try another precision."
+            )
         tolerance = TOLERANCE.get(precision)
         name, worst = max(self.difference.items(), key=lambda item: item[1])
-        if tolerance is not None and not worst <= tolerance:
+        if tolerance is not None and worst > tolerance:
             raise LayoutError(
                 f"{path} does not compute what the model does: {name} differs by {worst:.2g} of the largest value, "
                 f"more than the {tolerance:.0e} that {precision} explains. Do not use the file; try another precision."
@@ -87,8 +96,16 @@ def compare(model: RadioModel, exported: ExportedBackbone, sizes: Sequence[Seque
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
+    if not _finite(a, b):  # max() would pass over NaN
+        return math.inf
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12))
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
+    if not _finite(a, b):
+        return -1.0
     return float(F.cosine_similarity(a.float(), b.float(), dim=-1).min())
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

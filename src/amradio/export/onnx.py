@@ -10,14 +10,14 @@ import dataclasses
 import importlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from amradio.backbones.exported import ExportInfo
-from amradio.errors import LayoutError, MissingDependencyError
+from amradio.errors import LayoutError, MissingDependencyError, OptionError
 from amradio.export.program import INPUT, ExportOptions, describe, export_program, quietly
 from amradio.models.radio import RadioModel
 from amradio.weights.trust import sha256_of
@@ -25,6 +25,8 @@ from amradio.weights.trust import sha256_of
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 """The first with GELU as one operator."""
+OPSETS = (18, 25)
+"""The first that torch's exporter writes, and the last that it can convert these graphs to."""
 
 DATA_DEPENDENT = ("If", "Loop", "Scan", "NonZero", "Compress", "Unique", "SequenceMap")
 """Operators with which the work to do, or the shape of a result, depends on values."""
@@ -40,6 +42,7 @@ def export_onnx(
     *,
     opset: int = OPSET,
     external_data: bool = False,
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a model as an ONNX file that `load_backbone("onnx:FILE")` takes with no further word.
 
@@ -55,9 +58,10 @@ def export_onnx(
         model: The model, with the adaptors and the windows that are wanted.
         path: The file; parents are made, an existing file is replaced once the new one is complete.
         options: Sizes, layout, precision.
-        opset: Version of the ONNX operators.
+        opset: Version of the ONNX operators, from 18 to 25.
         external_data: Put the weights into a file of their own beside it, ``FILE.data``. Weights of more than 2 GB,
             which is what one file can hold, are in any case.
+        verify: Called with the complete file before it gets its name; if it raises, everything stays as it was.
 
     Returns:
         The path.
@@ -75,6 +79,7 @@ def export_onnx(
         raise LayoutError(f"{target} is a directory, but an ONNX export is a file. Name a file in it.")
     onnx = _import("onnx")
     _import("onnxscript")
+    _check_opset(onnx, opset)
     quantisation = _import("onnxruntime.quantization") if options.precision == "int8" else None
     environment = {"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(opset)}
     info = describe(model, options, None, environment)
@@ -91,7 +96,9 @@ def export_onnx(
             program.save(part, external_data=external_data or None)
             if quantisation is not None:
                 part = _quantised(onnx, quantisation, part, external_data)
-        _finish(onnx, part, info)
+        _finish(onnx, part, info, opset)
+        if verify is not None:
+            verify(part)
         for file in sorted(part.parent.iterdir(), key=lambda f: f == part):  # the graph last: it makes the rest valid
             file.replace(target.parent / file.name)
     return target
@@ -130,9 +137,23 @@ def _quantised(onnx: Any, quantisation: Any, path: Path, external_data: bool) ->
     return target
 
 
-def _finish(onnx: Any, path: Path, info: ExportInfo) -> None:
+def _check_opset(onnx: Any, opset: int) -> None:
+    first, last = OPSETS[0], min(OPSETS[1], onnx.defs.onnx_opset_version())
+    if not first <= opset <= last:
+        raise OptionError(
+            f"opset must be from {first} to {last} with onnx {onnx.__version__}, got {opset}. {OPSET} is the default."
+        )
+
+
+def _finish(onnx: Any, path: Path, info: ExportInfo, opset: int) -> None:
     """Look through the graph, and write into it what it is."""
     model = onnx.load(path, load_external_data=False)
+    written = {entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")}
+    if written != {opset}:
+        raise LayoutError(
+            f"The exporter wrote version {', '.join(map(str, sorted(written)))} of the operators instead of {opset}: "
+            f"torch {torch.__version__} cannot convert this graph. Pass opset={OPSET}, or upgrade torch and onnxscript."
+        )
     found = data_dependent_operators(model)
     if found:
         raise LayoutError(

@@ -1,7 +1,7 @@
 """Models of this package as classes of Hugging Face ``transformers``.
 
 Importing this module registers `AmradioConfig`, `AmradioModel`, `AmradioBackbone` and `AmradioImageProcessor` with the
-``Auto`` classes of transformers (extra ``[hf]``), under the model type ``amradio``.
+``Auto`` classes of transformers (extra ``[hf]``, 5.13 or newer), under the model type ``amradio``.
 
     import amradio.hf
     from transformers import AutoModel
@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from amradio.hf.library import is_available, missing
+from amradio.hf.library import is_available, is_too_old, require
 
 _EXPORTS = {
     "AmradioBackbone": "amradio.hf.backbone",
@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        importlib.import_module("transformers")
-    except ImportError as e:
-        raise missing(e) from e
+    require()
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
@@ -60,6 +57,8 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
+if is_too_old():
+    require()
 if is_available():
     from amradio.hf.registration import register
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from amradio.models.vit import Attention, attend
 
 SDPA = "sdpa"
+_FLASH = "flash"  # part of the names of all its versions and kernels
 
 
 class AttentionCore(nn.Module):
@@ -28,9 +30,12 @@ class AttentionCore(nn.Module):
         self.config = config
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attend with [B, H, N, C/H] each: [B, N, H, C/H], and the weights [B, H, N, N] if they are computed at all."""
+        """Attend with [B, H, N, C/H] each: [B, N, H, C/H], and the weights [B, H, N, N] if they are computed at all.
+
+        Flash attention has no float32, in which heads of adaptors are by default: these attend by sdpa.
+        """
         name = self.config._attn_implementation
-        if name in (SDPA, None):
+        if name in (SDPA, None) or (_FLASH in name and q.dtype == torch.float32):
             return attend(q, k, v), None  # what the model does without transformers
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

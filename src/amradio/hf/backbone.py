@@ -47,6 +47,7 @@ class AmradioBackbone(BackboneMixin, AmradioPreTrainedModel):  # type: ignore[mi
 
         Raises:
             ResolutionError: The image size is not supported.
+            OptionError: There is no such hidden state.
         """
         warn_of_attentions(self, kwargs)
         found = self.radio.forward_hidden_states(pixel_values)

@@ -21,10 +21,11 @@ from amradio.hf.card import CARD, model_card, upload
 from amradio.hf.configuration import AmradioConfig
 from amradio.hf.image_processing import AmradioImageProcessor
 from amradio.hf.initialization import initialize
-from amradio.hf.library import OutputRecorder, PreTrainedModel
+from amradio.hf.library import OutputRecorder, PreTrainedModel, require
 from amradio.hf.loading import is_pretrained, read_foreign, state_of
 from amradio.hub import HubOptions
 from amradio.models.radio import RadioModel
+from amradio.models.stem import EfficientNetStem
 from amradio.models.vit import VisionTransformer
 from amradio.weights.checkpoint import Checkpoint, Identity, torch_dtype
 from amradio.weights.native import KEPT_IDENTITY, UNUSED
@@ -86,22 +87,36 @@ class AmradioPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         initialize(module, self.radio.config, self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The layer that makes tokens of patches; of E-RADIO the convolutional stem."""
+        """The layer that makes tokens of patches, or of a convolutional stem's maps; of E-RADIO the stem.
+
+        Its output is one tensor, which `enable_input_require_grads` relies on.
+        """
         trunk = self.radio.model
-        return trunk.patch_generator.embedder if isinstance(trunk, VisionTransformer) else trunk.patch_embed
+        if not isinstance(trunk, VisionTransformer):
+            return trunk.patch_embed
+        embedder = trunk.patch_generator.embedder
+        return embedder.project if isinstance(embedder, EfficientNetStem) else embedder
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the layer that `get_input_embeddings` returns."""
         trunk = self.radio.model
-        if isinstance(trunk, VisionTransformer):
-            trunk.patch_generator.embedder = value
-        else:
+        if not isinstance(trunk, VisionTransformer):
             trunk.patch_embed = value  # type: ignore[assignment]
+        elif isinstance(trunk.patch_generator.embedder, EfficientNetStem):
+            trunk.patch_generator.embedder.project = value  # type: ignore[assignment]
+        else:
+            trunk.patch_generator.embedder = value
 
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
         return isinstance(self.radio.model, VisionTransformer) and self.radio.model.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        """A model that this one is a part of sets it, after ``_gradient_checkpointing_func``; E-RADIO keeps out."""
+        if isinstance(self.radio.model, VisionTransformer):
+            self._checkpoint_with(enable, getattr(self, "_gradient_checkpointing_func", None))
 
     def _set_gradient_checkpointing(
         self,
@@ -112,9 +127,12 @@ class AmradioPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     ) -> None:
         if every_n_layers != 1:
             raise OptionError(f"Every block is checkpointed, or none: every_n_layers must be 1, got {every_n_layers}.")
+        self._checkpoint_with(enable, gradient_checkpointing_func)
+
+    def _checkpoint_with(self, enable: bool, function: Callable[..., Any] | None) -> None:
         self.radio.set_grad_checkpointing(enable)
-        if enable and gradient_checkpointing_func is not None:
-            self.radio.model.checkpoint = gradient_checkpointing_func
+        if enable and function is not None:
+            self.radio.model.checkpoint = function
 
     # ---- saving ----
 
@@ -189,6 +207,7 @@ class AmradioPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             AmradioError: The model cannot be found, read or understood; see `amradio.load`.
             OSError: The same, where transformers notices.
         """
+        require()
         name = None if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         config = kwargs.pop("config", None)
@@ -223,6 +242,7 @@ class AmradioPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         Raises:
             CheckpointError: The model's input conditioner was taken out.
         """
+        require()
         from transformers.initialization import no_init_weights
 
         checkpoint = Checkpoint.of(model)

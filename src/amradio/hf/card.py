@@ -15,6 +15,8 @@ from amradio.weights.catalog import is_catalog_name, resolve
 TASK = "image-feature-extraction"
 CARD = "README.md"
 
+_REFERENCES = "refs/"  # full names, such as those of pull requests
+
 _BODY = """
 # {title}
 
@@ -98,7 +100,7 @@ def upload(
         commit_description: More of the same.
         private: Whether a new repository is private.
         token: Access token; default the one that is logged in.
-        revision: Branch, default the main one.
+        revision: Branch, default the main one; it is made if needed.
         create_pr: Whether to open a pull request instead of committing.
 
     Returns:
@@ -106,6 +108,8 @@ def upload(
     """
     api = HfApi(token=token, library_name="amradio", library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith(_REFERENCES):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     kept = [CARD] if api.file_exists(repo_id, CARD, revision=revision) else []
     return api.upload_folder(
         repo_id=repo_id,

@@ -40,7 +40,7 @@ def _of_backbone(field: str, meaning: str) -> Any:
 
 
 class AmradioConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
-    """Everything that `AmradioModel` is made of: trunk, adaptors, normalizers, ViDet windows.
+    """Everything that `AmradioModel` is made of: trunk, adaptors, normalizers, ViTDet windows.
 
     Names that transformers' users know (``hidden_size`` and so on) are views of `radio`: what is read there is read
     from it, and what is set there changes it.

@@ -7,6 +7,7 @@ cannot be had becomes a stand-in, which complains when it is used and not before
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any, NoReturn, TypedDict
 
 from amradio.errors import MissingDependencyError
@@ -27,6 +28,10 @@ _HOMES = {
 }
 
 
+MINIMUM = "5.13"
+"""The first version of transformers that has all of these."""
+
+
 class _NoKwargs(TypedDict):
     """Stands for ``ImagesKwargs``."""
 
@@ -41,25 +46,63 @@ def missing(error: ImportError) -> MissingDependencyError:
         An error that names the extra.
     """
     return MissingDependencyError(
-        f"The Hugging Face classes need the package transformers, which cannot be imported: {error}. Install it with "
-        f"`pip install 'amradio[hf]'`."
+        f"The Hugging Face classes need the package transformers, {MINIMUM} or newer, which cannot be imported: "
+        f"{error}. Install it with `pip install -U 'amradio[hf]'`."
     )
 
 
-def is_available() -> bool:
-    """Whether transformers can be imported."""
+def require() -> None:
+    """Refuse to go on without transformers, or with one that is too old.
+
+    Raises:
+        MissingDependencyError: The message names the extra and the version.
+    """
     try:
-        importlib.import_module("transformers")
+        _import("transformers")
+    except ImportError as e:
+        raise missing(e) from e
+
+
+def is_available() -> bool:
+    """Whether transformers can be imported, and is new enough."""
+    try:
+        _import("transformers")
     except ImportError:
         return False
     return True
+
+
+def is_too_old() -> bool:
+    """Whether there is a transformers, which is too old."""
+    try:
+        return _is_old(importlib.import_module("transformers"))
+    except ImportError:
+        return False
+
+
+def _import(module: str) -> Any:
+    """A module of transformers.
+
+    Raises:
+        ImportError: There is none, or not in a version that is new enough.
+    """
+    transformers = importlib.import_module("transformers")
+    if _is_old(transformers):
+        raise ImportError(f"version {transformers.__version__} is installed")
+    return importlib.import_module(module)
+
+
+def _is_old(transformers: Any) -> bool:
+    """Whether a version is below `MINIMUM`; what comes after the first two numbers does not matter."""
+    found, least = (re.findall(r"\d+", version)[:2] for version in (transformers.__version__, MINIMUM))
+    return [int(number) for number in found] < [int(number) for number in least]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(_import(_HOMES[name]), name)
     except ImportError as e:
         return _stand_in(name, e)
 
@@ -76,4 +119,15 @@ def _stand_in(name: str, error: ImportError) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise missing(error) from error
 
-    return type(name, (), {"__init__": refuse})
+    return _StandIn(name, (), {"__init__": refuse, "error": error})
+
+
+class _StandIn(type):
+    """Kind of the classes that stand for those of transformers: their public class methods complain too."""
+
+    error: ImportError
+
+    def __getattr__(cls, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+        raise missing(cls.error) from cls.error

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amradio.errors import OptionError
 from amradio.hf.base import AmradioPreTrainedModel
 from amradio.hf.configuration import AmradioConfig
 from amradio.hf.library import ModelOutput, capture_outputs
@@ -79,7 +80,7 @@ class AmradioModel(AmradioPreTrainedModel):
             The outputs; the same numbers as `RadioModel.forward`.
 
         Raises:
-            OptionError: ``feature_fmt`` is unknown.
+            OptionError: ``feature_fmt`` is unknown, or there is no such hidden state.
             ResolutionError: The image size is not supported; the message names the nearest one that is.
         """
         warn_of_attentions(self, kwargs)
@@ -107,12 +108,18 @@ def select(found: HiddenStates, wanted: Any) -> tuple[Any, ...]:
 
     Returns:
         One entry a state.
+
+    Raises:
+        OptionError: There is no such state.
     """
     states = found.states
     if wanted is True:
         return states
-    indices = [wanted] if isinstance(wanted, int) else wanted
-    chosen = {i % len(states) for i in indices if -len(states) <= i < len(states)}
+    count = len(states)
+    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    if bad := [i for i in indices if not -count <= i < count]:
+        raise OptionError(f"There is no hidden state {bad[0]}: they go from 0 to {count - 1}, or from -{count} to -1.")
+    chosen = {i % count for i in indices}
     return tuple(state if i in chosen else None for i, state in enumerate(states))
 
 
