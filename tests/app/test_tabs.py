@@ -26,6 +26,7 @@ from amradio.app.visit import KEEP, House
 from amradio.backbones.load import load
 from amradio.errors import CapabilityError, OptionError
 from amradio.features.maps import FeatureMap
+from amradio.text.sentence import packaged_phrases
 
 AT = 224
 LINE = {"label": 1, "radius": 0.05, "points": [[0.4, 0.4], [0.6, 0.6]]}
@@ -175,6 +176,12 @@ def test_bars_for_real_photos(visit, sample_files: list[Path]) -> None:
     assert "Where is “cat”?" in where
     assert where.index(">cat.jpg<") < where.index(">coffee.jpg<")
     assert where.count("probably not here") == 3
+
+
+def test_the_words_that_the_page_itself_uses_come_with_the_package() -> None:
+    known = set(packaged_phrases()[0])
+    own = [*words._OTHERS, *words.FIRST_WORDS.split(", ")]
+    assert [word for word in own if words.TEMPLATES[0].format(word) not in known] == []
 
 
 def test_a_word_that_is_nowhere_lights_up_nowhere(visit, sample_files: list[Path]) -> None:

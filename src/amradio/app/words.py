@@ -24,7 +24,7 @@ FIRST_WORDS = "cat, dog, person, cup of coffee, rocket, motorcycle, car, flower,
 _OTHERS = (
     *("person", "dog", "cat", "bird", "horse", "car", "bicycle", "boat", "airplane", "tree", "flower", "grass", "sky"),
     *("water", "mountain", "road", "house", "wall", "window", "door", "table", "chair", "bed", "sofa", "food"),
-    *("fruit", "bread", "cup", "bottle", "book", "computer", "phone", "clock", "lamp", "clothes", "shoe", "hat"),
+    *("fruit", "bread", "cup", "bottle", "book", "computer", "phone", "clock", "lamp", "shirt", "shoe", "hat"),
     *("bag", "toy", "ball"),
 )
 """Words that a word is compared with, to tell how much more like it a patch is than like anything else."""
