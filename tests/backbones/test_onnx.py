@@ -224,6 +224,7 @@ def test_files_are_told_apart_by_their_content(file: Path, tmp_path: Path) -> No
     one, two = describe_model(load(file)), describe_model(load(other))
     assert one["weights_sha256"] != two["weights_sha256"]
     assert one == describe_model(load(file))
+    assert one["weights_sha256"] != describe_model(load(file, adaptor="clip"))["weights_sha256"]
 
 
 # ---- text ----
@@ -310,6 +311,9 @@ def test_several_outputs_at_once(file: Path) -> None:
     found = backbone.with_adaptors(["clip", "clip"])(images)
     assert list(found) == ["backbone", "clip"]
     assert torch.equal(found["clip"].features, -found["backbone"].features)
+    for name in found:
+        assert torch.equal(backbone.view(name)(images).features, found[name].features)
+    assert list(backbone(images)) == ["backbone", "clip"]
     assert describe_model(backbone) != before  # so that embeddings of both are not taken for each other's
     with pytest.raises(UnknownAdaptorError, match="has no output 'clap'"):
         backbone.with_adaptors(["clap"])

@@ -265,7 +265,9 @@ def test_options_that_cannot_be(
 
 @pytest.mark.parametrize("opset", [7, 17, 26, 99])
 def test_operators_that_cannot_be_written(whole: RadioModel, tmp_path: Path, opset: int) -> None:
-    with pytest.raises(OptionError, match=rf"opset must be from 18 to 2\d with onnx .*, got {opset}. 20 is the default"):
+    with pytest.raises(
+        OptionError, match=rf"opset must be from 18 to 2\d with onnx .*, got {opset}. 20 is the default"
+    ):
         export_onnx(whole, tmp_path / "m.onnx", opset=opset)
     assert list(tmp_path.iterdir()) == []
 
@@ -277,6 +279,7 @@ def test_operators_that_were_not_converted(whole_file: Path, tmp_path: Path) -> 
         _finish(onnx, path, ExportInfo(precision="fp32", patch_size=8, step=8, outputs=()), 18)
 
 
+@pytest.mark.slow
 def test_older_operators_are_what_the_file_says(toy: Toy, tmp_path: Path) -> None:
     model = toy(depth=1)
     path = export_onnx(model, tmp_path / "m.onnx", ExportOptions(size=(16, 24)), opset=18)

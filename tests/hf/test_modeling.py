@@ -230,6 +230,7 @@ class Parent(PreTrainedModel):  # type: ignore[misc]
 
     config_class = AmradioConfig
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
 
     def __init__(self, vision: AmradioModel) -> None:
         super().__init__(vision.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -272,6 +273,25 @@ class ExportedBackbone(Adapter):
         """
         self.adaptors = tuple(self.info.output(name).name for name in dict.fromkeys(names) if name != BACKBONE)
         return self
+
+    def view(self, name: str) -> ExportedBackbone:
+        """A backbone that gives one output, of the same file.
+
+        Args:
+            name: ``backbone`` or an adaptor's.
+
+        Raises:
+            UnknownAdaptorError: There is no such output.
+        """
+        one = copy.copy(self)
+        one.output = self.info.output(name)
+        one.geometry = self.info.geometry(one.output)
+        one.adaptors, one._text = (), []
+        return one
+
+    def get_extra_state(self) -> str:
+        """The chosen output's name. In the state dict, as the file's digest is: outputs may have the same sizes."""
+        return self.output.name
 
     def forward(self, images: Tensor, feature_fmt: str = "NLC") -> Any:
         """Compute the chosen output, or after `with_adaptors` several by name; see `forward_all`."""
