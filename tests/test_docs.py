@@ -140,7 +140,7 @@ def test_commands_parse(page: Path) -> None:
     from amradio.cli import parse
 
     extras = set(re.findall(r"^(\w+) = \[", _section("project.optional-dependencies"), re.MULTILINE))
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for _, code in blocks(page, "bash"):
         for words in (shlex.split(line, comments=True) for line in code.splitlines()):
             if words[:1] == ["amradio"]:
